@@ -1,0 +1,24 @@
+"""The one exception that a user meets: what went wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class EvlecgError(Exception):
+    """Bad input. The CLI prints it on one line and exits with code 2.
+
+    Args:
+        what: what is wrong, as a sentence without a full stop.
+        where: the file, key or option at fault; empty where there is none.
+        hint: what to do next; empty where nothing sensible can be said.
+    """
+
+    def __init__(self, what: str, *, where: object = "", hint: str = "") -> None:
+        self.what = what
+        self.where = str(where)
+        self.hint = hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = f" [{self.where}]" if self.where else ""
+        advice = f" -> {self.hint}" if self.hint else ""
+        return f"{self.what}{place}{advice}"

@@ -1,0 +1,317 @@
+"""The recipe: everything that decides a run, as strict YAML and frozen dataclasses.
+
+Unknown keys are errors that name the nearest key; `--set a.b=1` sets existing keys only; a run keeps the resolved
+recipe, so that it can be repeated from its own folder. Field documentation lives in `metadata["help"]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evlecg.errors import EvlecgError
+
+
+def _key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None) -> Any:
+    """A recipe key: its default, what it means, and what it may be (`low` is the smallest allowed number)."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+def _section(kind: type) -> Any:
+    return field(default_factory=kind)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which prepared folder is read, and what is asked about it."""
+
+    dir: str | None = _key(None, "prepared folder; null: the newest in ./data, else the synthetic set is made")
+    labels: tuple[str, ...] = _key((), "label codes to ask about; empty: all that the folder assessed")
+    question: str = _key("Does this ECG show {description}?", "wording of the yes/no question about one label")
+    max_train: int | None = _key(None, "use the first N training records only (learning curves)", low=1)
+    synthetic_train: int = _key(1000, "training records made when the synthetic set has to be made", low=1)
+    synthetic_val: int = _key(300, "validation records made when the synthetic set has to be made", low=1)
+    synthetic_test: int = _key(500, "test records made when the synthetic set has to be made", low=1)
+
+
+@dataclass(frozen=True)
+class PageConfig:
+    """How signals become pages. Sizes are (width, height) in pixels; null means: what the processor wants."""
+
+    layout: str = _key("3x4+1", "lead arrangement")
+    speed_mm_s: float = _key(25.0, "paper speed", low=1)
+    gain_mm_mV: float = _key(10.0, "gain", low=0.1)
+    grid: str = _key("pink", "grid colour", choices=("pink", "blue", "grey", "none"))
+    student_size: tuple[int, ...] | None = _key(None, "page size for the student [width, height]")
+    teacher_size: tuple[int, ...] | None = _key(None, "page size for the teacher [width, height]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    epochs: int = _key(3, "passes over the training records", low=1)
+    max_steps: int | None = _key(None, "stop after this many optimizer steps", low=1)
+    batch_size: int = _key(16, "records a step on each process", low=1)
+    accumulation: int = _key(1, "batches summed into one optimizer step", low=1)
+    lr: float = _key(2e-5, "peak learning rate of the student", low=0)
+    aligner_lr: float | None = _key(None, "peak learning rate of aligner and projections; null: as the student's")
+    weight_decay: float = _key(0.01, "AdamW weight decay", low=0)
+    warmup: float = _key(0.03, "share of the steps in which the learning rate rises", low=0)
+    schedule: str = _key("cosine", "what follows the warm-up", choices=("cosine", "linear", "constant"))
+    clip: float = _key(1.0, "largest gradient norm; 0 switches clipping off", low=0)
+    mixed_precision: str = _key("no", "autocast", choices=("no", "bf16", "fp16"))
+    dtype: str = _key("float32", "dtype the student is loaded in", choices=("float32", "bfloat16", "float16"))
+    teacher_dtype: str = _key("float32", "dtype the teacher is loaded in", choices=("float32", "bfloat16", "float16"))
+    freeze_vision: bool = _key(False, "leave the student's vision tower as it is")
+    packing: str = _key("auto", "all questions about a page in one sequence (auto: if proven equal at start)",
+                        choices=("auto", "on", "off"))
+    workers: int = _key(0, "loader processes", low=0)
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Multi-head cross-attention alignment (the paper's first term) beyond its equation."""
+
+    heads: int = _key(4, "attention heads", low=1)
+    detach_query: bool = _key(True, "the aligned state cannot be bent by moving its query")
+    anchor: float = _key(1.0, "weight of the answer cross-entropy that ties the aligned state to the task", low=0)
+    normalise: bool = _key(True, "layer-normalise both sides before comparing")
+    causal: bool = _key(True, "a position sees the teacher's answer only up to its own byte offset")
+    position_bias: float = _key(1.0, "attention bias against visual tokens far away on the page", low=0)
+    scope: str = _key("all", "which student positions are aligned", choices=("all", "visual", "answer"))
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    """Optimal-transport matching of visual tokens (the paper's second term) beyond its equation."""
+
+    epsilon: float = _key(0.05, "entropic regularisation, as a share of the mean cost", low=1e-4)
+    steps: int = _key(50, "Sinkhorn iterations", low=1)
+    features: str = _key("last", "which visual tokens are matched", choices=("last", "projected"))
+    position: float = _key(1.0, "cost of a squared page distance of 1, in mean costs; steers the plan only", low=0)
+    lead: float = _key(0.5, "cost of leaving the lead, in mean costs; steers the plan only", low=0)
+    normalise: bool = _key(True, "layer-normalise both sides before comparing")
+
+
+@dataclass(frozen=True)
+class RelationConfig:
+    """Geometric relation matching (the paper's third term) beyond its equation."""
+
+    source: str = _key("teacher", "whose relations are the target: the teacher's own, or the aligned states'",
+                       choices=("teacher", "aligned"))
+    features: str = _key("last", "which visual tokens are compared", choices=("last", "projected"))
+    cells: str = _key("page", "what tokens are pooled into: a page grid, or lead x time cells",
+                      choices=("page", "lead_time"))
+    grid: int = _key(6, "cells a side of the page grid", low=1)
+    distance: float = _key(0.5, "weight of the distance relation", low=0)
+    cosine: float = _key(0.5, "weight of the cosine relation", low=0)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """L = (1 - alpha) L_CE + alpha (lambda_m L_mhca + lambda_r L_rel + lambda_ot L_ot)."""
+
+    strict: bool = _key(False, "the three terms exactly as published, without the guards below")
+    alpha: float = _key(0.5, "share of the distillation terms", low=0)
+    lambda_m: float = _key(0.0, "weight of cross-attention alignment", low=0)
+    lambda_r: float = _key(10.0, "weight of geometric relations", low=0)
+    lambda_ot: float = _key(0.1, "weight of optimal transport", low=0)
+    warmup: float = _key(0.0, "share of the steps in which the distillation terms ramp up", low=0)
+    visual_layer: int = _key(-1, "hidden layer whose visual tokens are compared (-1: the last)")
+    align: AlignmentConfig = _section(AlignmentConfig)
+    transport: TransportConfig = _section(TransportConfig)
+    relation: RelationConfig = _section(RelationConfig)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What metrics.jsonl holds and how often."""
+
+    every: int = _key(10, "steps between log lines", low=1)
+    gradients_every: int = _key(50, "steps between gradient norms of every term; 0 never", low=0)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Training state on disk."""
+
+    every: int | None = _key(None, "steps between checkpoints; null: one an epoch", low=1)
+    keep_last: int = _key(1, "how many are kept", low=1)
+
+
+@dataclass(frozen=True)
+class FinishConfig:
+    """What happens once the student is trained."""
+
+    control: bool = _key(False, "also train the SFT-only student: same data, steps and seed")
+    eval_split: str = _key("test", "split of the AUC report; none: no report", choices=("val", "test", "none"))
+    teacher: bool = _key(True, "report the teacher beside the student")
+    export: bool = _key(True, "export the student into RUN/export")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = _key("custom", "what the run is called")
+    teacher: str = _key("builtin:teacher", "teacher checkpoint: path, hub id, builtin:NAME, or none")
+    student: str = _key("builtin:student", "student checkpoint: path, hub id or builtin:NAME")
+    method: str = _key("evl", "what the student learns from", choices=("evl", "ce"))
+    seed: int = _key(0, "seeds weights, order and augmentation", low=0)
+    threads: int | None = _key(None, "torch threads; null: leave as they are", low=1)
+    data: DataConfig = _section(DataConfig)
+    page: PageConfig = _section(PageConfig)
+    train: TrainConfig = _section(TrainConfig)
+    objective: ObjectiveConfig = _section(ObjectiveConfig)
+    log: LogConfig = _section(LogConfig)
+    checkpoint: CheckpointConfig = _section(CheckpointConfig)
+    finish: FinishConfig = _section(FinishConfig)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.method != "ce" and self.teacher != "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict (tuples as lists): what YAML and JSON hold."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change with any key."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_recipe(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Reads a recipe and applies overrides.
+
+    Args:
+        name_or_path: a shipped recipe's name, a YAML file, or None for the defaults.
+        overrides: dotted key -> value; strings are read as YAML, None values are skipped.
+
+    Raises:
+        EvlecgError: unknown recipe, unknown key (naming the nearest), wrong type or value.
+    """
+    tree: dict[str, Any] = {}
+    where = "recipe"
+    if name_or_path is not None:
+        where, text = _find(name_or_path)
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise EvlecgError("a recipe is not valid YAML", where=where, hint=str(error).replace("\n", " ")) from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise EvlecgError("a recipe must be a mapping of keys to values", where=where)
+        tree = loaded or {}
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            _assign(tree, dotted, value)
+    return _build(Recipe, tree, where=where, prefix="")
+
+
+def parse_set(assignments: list[str]) -> dict[str, Any]:
+    """`["train.lr=1e-4"]` -> `{"train.lr": 1e-4}`; the value is read as YAML."""
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise EvlecgError("--set needs key=value", where=assignment, hint="for example --set train.lr=1e-4")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise EvlecgError("--set has a value that is not YAML", where=assignment) from error
+        result[key.strip()] = _Null if parsed is None else parsed
+    return result
+
+
+class _Null:
+    """An explicit null of `--set key=null`, told apart from a flag that was not given."""
+
+
+def shipped_recipes() -> dict[str, Any]:
+    """Name -> readable file of every recipe inside the package."""
+    folder = resources.files("evlecg") / "recipes"
+    if not folder.is_dir():  # a source checkout: the wheel maps ../recipes to evlecg/recipes
+        folder = Path(__file__).resolve().parent.parent / "recipes"
+    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """A hint that names the nearest known word, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _find(name_or_path: str) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.is_file():
+        return str(path), path.read_text(encoding="utf-8")
+    shipped = shipped_recipes()
+    if name_or_path in shipped:
+        return name_or_path, shipped[name_or_path].read_text(encoding="utf-8")
+    raise EvlecgError(f"unknown recipe {name_or_path!r}", hint=nearest(name_or_path, shipped))
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        node = tree.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise EvlecgError(f"{name!r} is not a section", where=dotted)
+        tree = node
+    tree[last] = None if value is _Null else value
+
+
+def _build(kind: type, tree: Any, *, where: str, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise EvlecgError(f"{prefix.rstrip('.') or 'the recipe'} must be a section with keys", where=where)
+    hints = typing.get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name not in fields:
+            raise EvlecgError(f"unknown key {prefix}{name}", where=where, hint=nearest(str(name), fields))
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(typing.cast(type, hints[name]), value, where=where, prefix=f"{prefix}{name}.")
+        else:
+            values[name] = _check(value, hints[name], fields[name].metadata, where=where, key=f"{prefix}{name}")
+    return kind(**values)
+
+
+def _check(value: Any, hint: Any, meta: typing.Mapping[str, Any], *, where: str, key: str) -> Any:
+    """The value as the key's type, or one clear error."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    origin = typing.get_origin(wanted)
+    if origin is tuple:
+        item = typing.get_args(wanted)[0]
+        if isinstance(value, (list, tuple)) and all(isinstance(entry, item) for entry in value):
+            return tuple(value)
+        raise EvlecgError(f"{key} must be a list of {item.__name__}, not {value!r}", where=where)
+    if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    if type(value) is not wanted:
+        raise EvlecgError(f"{key} must be {wanted.__name__}, not {value!r}", where=where)
+    if meta["choices"] and value not in meta["choices"]:
+        raise EvlecgError(f"{key} cannot be {value!r}", where=where, hint=nearest(str(value), meta["choices"]))
+    if meta["low"] is not None and not value >= meta["low"]:
+        raise EvlecgError(f"{key} must be at least {meta['low']}, not {value!r}", where=where)
+    return value

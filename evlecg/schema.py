@@ -1,0 +1,195 @@
+"""The types that travel through the program.
+
+Data: `Record` -> (prepared folder) -> `Sample` -> `Batch`; model side: `Batch` -> `Outputs` -> `LossTerms`;
+evaluation: `Prediction` -> `Report` (report.py). Tensors appear in annotations only, so that importing this
+module costs neither torch nor numpy's users anything.
+
+Shape legend: B batch rows, S text-and-image positions of one side, N visual tokens of one side, D width,
+A answer tokens in the whole batch, V vocabulary, L leads (always 12), T time samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evlecg.errors import EvlecgError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEADS: tuple[str, ...] = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+SPLITS: tuple[str, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One 12-lead ECG.
+
+    Attributes:
+        id: unique within its dataset; letters, digits, `_`, `-`, `.` and `/` only.
+        patient_id: records of one patient share it and never cross a split.
+        signal_mV: float32 [12, T] in the order of `LEADS`, millivolt, finite.
+        fs_hz: samples a second.
+        labels: label code -> present or not; a code that is absent was not assessed.
+        split: one of `SPLITS`.
+        age: years, None where unknown (PTB-XL's 300 is read as 90).
+        sex: "F", "M" or None.
+        report: free text of the reader; empty where there is none.
+        repairs: what was mended on the way in, one short phrase each.
+    """
+
+    id: str
+    patient_id: str
+    signal_mV: np.ndarray
+    fs_hz: float
+    labels: Mapping[str, bool]
+    split: str
+    age: float | None = None
+    sex: str | None = None
+    report: str = ""
+    repairs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.signal_mV.ndim != 2 or self.signal_mV.shape[0] != len(LEADS):
+            raise EvlecgError(
+                f"a record holds a signal of shape {self.signal_mV.shape}, not [12, samples]", where=self.id
+            )
+        if not self.fs_hz > 0:
+            raise EvlecgError(f"a record has a sampling rate of {self.fs_hz} Hz", where=self.id)
+        if self.split not in SPLITS:
+            raise EvlecgError(f"a record belongs to the split {self.split!r}", where=self.id)
+
+    @property
+    def duration_s(self) -> float:
+        return self.signal_mV.shape[1] / self.fs_hz
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a page, its right answer, and the answers it can have.
+
+    Attributes:
+        text: what is asked, without any chat markup or image placeholder.
+        answer: the right answer; empty where it is unknown (prediction only).
+        choices: answers that likelihoods are compared between; empty for free text.
+        label: the label code that the question asks about, or None.
+    """
+
+    text: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of work: a page and the questions asked about it, each answered without sight of the others."""
+
+    record_index: int
+    record_id: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's half of a batch.
+
+    `inputs` goes to the model unchanged; the rest says what its positions mean. A row holds one image and one or
+    several questions about it (`block` 1, 2, ... after the shared prefix 0), which do not see one another.
+
+    Attributes:
+        inputs: whatever the processor returned, padded on the right (`input_ids` [B,S], pixels, grids, ...).
+        valid_BS: bool, False on padding.
+        block_BS: int, 0 for the shared prefix (system text and image), k for the k-th question, -1 for padding.
+        byte_end_BS: int, how many bytes of the answer's text a position has read: 0 before the answer.
+        answer_A2: int, (row, position) of every answer token, end-of-turn marks included, in reading order.
+        visual_BS: bool, True on image placeholders.
+        visual_box_BN4: page box x0, y0, x1, y1 in [0,1] of every visual token (0 0 0 0 where it sees padding).
+        visual_mask_BN: bool, False for padding and for tokens that see no part of the page.
+        cell_box_BC4: page box of every lead x time cell; the same cell has the same index on both sides.
+    """
+
+    inputs: dict[str, Tensor]
+    valid_BS: Tensor
+    block_BS: Tensor
+    byte_end_BS: Tensor
+    answer_A2: Tensor
+    visual_BS: Tensor
+    visual_box_BN4: Tensor
+    visual_mask_BN: Tensor
+    cell_box_BC4: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step reads: the same records and questions as the student and as the teacher see them.
+
+    `cell_lead_C` (int, index into `LEADS`) and `cell_time_C2` (seconds) name the cells of `Side.cell_box_BC4`.
+    `teacher` is None when the run has no teacher.
+    """
+
+    sample_ids: tuple[str, ...]
+    student: Side
+    teacher: Side | None
+    cell_lead_C: Tensor
+    cell_time_C2: Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the losses see of a model: the same for a live teacher and for a cached one.
+
+    Attributes:
+        hidden_BSD: last hidden state (after the final norm), every position.
+        visual_BND: hidden states of the chosen layer at the visual positions, padded on the right.
+        projected_BND: the projector's output, that is, what enters the language model at those positions.
+        answer_logits_AV: logits that predict the tokens at `Side.answer_A2`.
+        side: the half of the batch they were computed from.
+    """
+
+    hidden_BSD: Tensor
+    visual_BND: Tensor
+    projected_BND: Tensor
+    answer_logits_AV: Tensor
+    side: Side
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """One step's loss.
+
+    Attributes:
+        total: scalar, on the graph.
+        values: each term before weighting, on the graph, under the names of METHOD terms (`ce`, `mhca`, ...).
+        weights: what each value was multiplied by; `total` is the sum of the products.
+        diagnostics: plain floats for the log (plan entropy, variance of the aligned teacher, ...).
+    """
+
+    total: Tensor
+    values: dict[str, Tensor]
+    weights: dict[str, float]
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model said of one label of one record.
+
+    Attributes:
+        record_id: joins with the prepared folder; never by order.
+        label: label code.
+        score: in [0, 1], higher means present.
+        truth: whether the label is present.
+        source: "likelihood" (from the answers' probabilities) or "text" (parsed from generated text).
+    """
+
+    record_id: str
+    patient_id: str
+    label: str
+    score: float
+    truth: bool
+    source: str = "likelihood"

@@ -1,1 +1,1 @@
-
+"""The ECG page: what lies where (layout.py) and how it is drawn (render.py)."""

@@ -1,0 +1,353 @@
+"""Pages and questions as one model reads them: its own processor, its own chat template, its own page size.
+
+Every question about a page becomes a *block* behind a shared prefix (system text and image). Packed, all blocks of a
+page stand in one row and do not see one another (tree attention), so that the image is read once however many
+questions hang on it; unpacked, each block has a row of its own. Both give the same logits; `models.outputs` proves it
+for the checkpoint at hand before packing is used.
+
+Where a visual token looks on the page is measured, not derived: the processor is given pages whose colours are their
+own coordinates, and what it returns tells which part of the page every patch came from, whatever the processor
+resized, padded, cropped, split or merged on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evlecg.errors import EvlecgError
+from evlecg.models.load import Checkpoint
+from evlecg.page.layout import PageLayout
+from evlecg.schema import Side
+
+PAPER_SHAPE = (1100, 850)  # landscape letter at 100 px an inch: the shape of a page where the processor sets none
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and the answer that follows it (`ends`: the end-of-turn mark follows too)."""
+
+    question: str
+    answer: str
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """Tokens behind the image: ids, which of them belong to the answer, and the answer's bytes read so far."""
+
+    ids: tuple[int, ...]
+    is_answer: tuple[bool, ...]
+    byte_end: tuple[int, ...]
+
+    @property
+    def n_prompt(self) -> int:
+        return self.is_answer.index(True) if True in self.is_answer else len(self.ids)
+
+
+class Encoder:
+    """Turns pages and questions into one model's half of a batch.
+
+    Args:
+        checkpoint: from `load.inspect`.
+        processor: the checkpoint's processor.
+        size_px: (width, height) of the pages it will get; None lets the processor decide.
+
+    Attributes:
+        size_px: (width, height) that pages must have.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, processor: Any, *, size_px: tuple[int, int] | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.size_px = size_px or wanted_page_size(processor.image_processor)
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
+        self._tails: dict[Turn, _Tail] = {}
+        self._boxes: dict[int, np.ndarray] = {}
+
+    def text(self, turn: Turn) -> tuple[str, str]:
+        """(prompt, prompt with the answer): the checkpoint's chat template, image first."""
+        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turn.question}]}
+        replied = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
+        if not getattr(self.processor, "chat_template", None):  # PaliGemma's kind: image and question, then the answer
+            image = getattr(self.processor, "image_token", "<image>")
+            prompt = f"{image}{turn.question}\n"
+            return prompt, prompt + turn.answer + ((self.tokenizer.eos_token or "") if turn.ends else "")
+        prompt = self.processor.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
+        full = self.processor.apply_chat_template([asked, replied], tokenize=False).rstrip()
+        if not full.startswith(prompt) or turn.answer not in full[len(prompt) :]:
+            full = prompt + turn.answer + (self.tokenizer.eos_token or "")
+        if not turn.ends:
+            full = full[: full.index(turn.answer, len(prompt)) + len(turn.answer)]
+        return prompt, full
+
+    def encode(self, pages: Sequence[np.ndarray], turns: Sequence[Sequence[Turn]], layout: PageLayout) -> Side:
+        """Builds the half of a batch.
+
+        Args:
+            pages: one uint8 [H,W,3] page a row, of `size_px`.
+            turns: the questions of every row, at least one each.
+            layout: where leads and times lie on these pages.
+
+        Returns:
+            A `Side` of B = len(pages) rows.
+        """
+        tails = [[self._tail(turn) for turn in row] for row in turns]
+        rows = self._process(pages, [self.text(row[0])[1] for row in turns])
+        special = rows["attention_mask"].shape
+        per_token = {
+            key: value
+            for key, value in rows.items()
+            if isinstance(value, Tensor) and value.shape == special and key not in ("input_ids", "attention_mask")
+        }
+        built: list[dict[str, list[int]]] = []
+        for index, row in enumerate(tails):
+            keep = rows["attention_mask"][index].bool()
+            ids = rows["input_ids"][index][keep].tolist()
+            extra = {key: value[index][keep].tolist() for key, value in per_token.items()}
+            built.append(self._row(ids, row, extra))
+        side = self._pad(built, list(per_token))
+        taken = {"input_ids", "attention_mask", *per_token}
+        inputs = {key: value for key, value in rows.items() if key not in taken} | side
+        return self._side(inputs, built, layout)
+
+    def question_token_count(self, turn: Turn) -> int:
+        """Tokens behind the image: what one more question costs."""
+        return len(self._tail(turn).ids)
+
+    def answer_ids(self, turn: Turn) -> tuple[int, ...]:
+        """Ids of the answer's tokens, in their context."""
+        tail = self._tail(turn)
+        return tuple(token for token, answer in zip(tail.ids, tail.is_answer, strict=True) if answer)
+
+    def _process(self, pages: Sequence[np.ndarray], texts: list[str]) -> dict[str, Any]:
+        from PIL import Image
+
+        images = [[Image.fromarray(page)] for page in pages]
+        try:
+            return dict(
+                self.processor(
+                    images=images, text=texts, padding=True, return_tensors="pt", add_special_tokens=self._adds(texts[0])
+                )
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise EvlecgError(
+                "the checkpoint's processor cannot read a page and a question",
+                where=self.checkpoint.name,
+                hint=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            ) from error
+
+    def _adds(self, text: str) -> bool:
+        """Whether the tokenizer still has to add its begin-of-text mark (a template may have written it)."""
+        bos = self.tokenizer.bos_token
+        return bos is None or not text.startswith(bos)
+
+    def _tail(self, turn: Turn) -> _Tail:
+        if turn not in self._tails:
+            self._tails[turn] = self._tokenize_tail(turn)
+        return self._tails[turn]
+
+    def _tokenize_tail(self, turn: Turn) -> _Tail:
+        prompt, full = self.text(turn)
+        encoded = self.tokenizer(full, add_special_tokens=self._adds(full), return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        images = [place for place, token in enumerate(ids) if token == self.checkpoint.image_token_id]
+        if not images:
+            raise EvlecgError(
+                "the chat template puts no image placeholder into the prompt",
+                where=self.checkpoint.name,
+                hint=f"the template gave {prompt!r}",
+            )
+        start = images[-1] + 1
+        answer_start = full.index(turn.answer, len(prompt)) if turn.answer else len(full)
+        answer_stop = answer_start + len(turn.answer)
+        # a token belongs to the answer when it ends behind the prompt; end-of-turn marks do, white space before does
+        is_answer = tuple(end > len(prompt) for _, end in offsets[start:])
+        byte_end = tuple(
+            len(full[answer_start : min(end, answer_stop)].encode()) if end > answer_start else 0
+            for _, end in offsets[start:]
+        )
+        return _Tail(tuple(ids[start:]), is_answer, byte_end)
+
+    def _row(self, ids: list[int], tails: list[_Tail], extra: dict[str, list[int]]) -> dict[str, list[int]]:
+        """One row: the shared prefix, then every question's block."""
+        first = tails[0].ids
+        if tuple(ids[len(ids) - len(first) :]) != first:
+            raise EvlecgError(
+                "the text behind the image is tokenized differently once the image is expanded",
+                where=self.checkpoint.name,
+                hint="this family needs a row of its own; please report it",
+            )
+        shared = _common_prefix(tails) if len(tails) > 1 else 0
+        prefix = len(ids) - len(first) + shared
+        row: dict[str, list[int]] = {
+            "input_ids": ids[:prefix], "block": [0] * prefix, "byte_end": [0] * prefix, "answer": [0] * prefix,
+        }  # fmt: skip
+        for number, tail in enumerate(tails, start=1):
+            row["input_ids"] += tail.ids[shared:]
+            row["block"] += [number] * (len(tail.ids) - shared)
+            row["byte_end"] += tail.byte_end[shared:]
+            row["answer"] += [int(flag) for flag in tail.is_answer[shared:]]
+        for key, values in extra.items():  # token types and the like: further text is of the type the text had
+            row[key] = values[:prefix] + [values[-1]] * (len(row["input_ids"]) - prefix)
+        return row
+
+    def _pad(self, built: list[dict[str, list[int]]], extra: list[str]) -> dict[str, Tensor]:
+        length = max(len(row["input_ids"]) for row in built)
+
+        def padded(key: str, value: int) -> Tensor:
+            return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in built], dtype=torch.long)
+
+        ids = padded("input_ids", self.pad_id)
+        mask = torch.tensor([[1] * len(row["block"]) + [0] * (length - len(row["block"])) for row in built])
+        return {"input_ids": ids, "attention_mask": mask} | {key: padded(key, 0) for key in extra}
+
+    def _side(self, inputs: dict[str, Any], built: list[dict[str, list[int]]], layout: PageLayout) -> Side:
+        length = inputs["input_ids"].shape[1]
+
+        def padded(key: str, value: int) -> Tensor:
+            return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in built], dtype=torch.long)
+
+        valid_BS = inputs["attention_mask"].bool()
+        visual_BS = (inputs["input_ids"] == self.checkpoint.image_token_id) & valid_BS
+        counts = visual_BS.sum(1).tolist()
+        boxes = [self.boxes(count) for count in counts]
+        box_BN4 = torch.zeros(len(built), max(counts), 4)
+        for row, box_N4 in enumerate(boxes):
+            box_BN4[row, : len(box_N4)] = torch.from_numpy(box_N4)
+        mask_BN = (box_BN4[..., 2] > box_BN4[..., 0]) & (box_BN4[..., 3] > box_BN4[..., 1])
+        cell_box_C4 = torch.from_numpy(np.asarray(layout.cells()[0], dtype=np.float32))
+        return Side(
+            inputs=inputs,
+            valid_BS=valid_BS,
+            block_BS=padded("block", -1),
+            byte_end_BS=padded("byte_end", 0),
+            answer_A2=padded("answer", 0).nonzero(),
+            visual_BS=visual_BS,
+            visual_box_BN4=box_BN4,
+            visual_mask_BN=mask_BN,
+            cell_box_BC4=cell_box_C4.expand(len(built), -1, -1),
+        )
+
+    def boxes(self, n_tokens: int) -> np.ndarray:
+        """Page box of every visual token, float32 [n_tokens, 4] as x0 y0 x1 y1 in [0,1]; zeros where it sees padding.
+
+        Raises:
+            EvlecgError: the processor's pixels do not fall into `n_tokens` equal groups (a merge that is not known).
+        """
+        if n_tokens not in self._boxes:
+            self._boxes[n_tokens] = self._measure_boxes(n_tokens)
+        return self._boxes[n_tokens]
+
+    def _measure_boxes(self, n_tokens: int) -> np.ndarray:
+        width, height = self.size_px
+        ramp = np.zeros((height, width, 3), np.uint8)
+        ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)[None, :]
+        ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
+        ramp[..., 2] = 255  # tells paper from what the processor pads with
+        black = np.zeros_like(ramp)
+        # one page a call: some processors pad the pages of a batch to one another
+        text = self.text(Turn("", "."))[1]
+        seen, dark, light = (
+            _tiles(self._process([page], [text])["pixel_values"]) for page in (ramp, black, np.full_like(ramp, 255))
+        )
+        low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
+        colour = (seen - low) / (high - low)  # [tiles, 3, rows, columns], 0..1: undoes any normalisation
+        groups = _group(colour, n_tokens)
+        if groups is None:
+            raise EvlecgError(
+                f"cannot tell where {n_tokens} visual tokens of family {self.checkpoint.model_type!r} lie on the page",
+                where=self.checkpoint.name,
+                hint="its tokens are not equal shares of its pixels; this family is not supported yet",
+            )
+        paper = groups[:, 2] > 0.5
+        box_N4 = np.zeros((n_tokens, 4), np.float32)
+        for axis, size in ((0, groups.shape[2]), (1, groups.shape[2])):
+            coordinate = np.clip(groups[:, axis], 0, 1)
+            low_N = np.where(paper, coordinate, np.inf).min(1)
+            high_N = np.where(paper, coordinate, -np.inf).max(1)
+            half_pixel_N = (high_N - low_N) / max(math.sqrt(size) - 1, 1) / 2
+            box_N4[:, axis] = np.clip(low_N - half_pixel_N, 0, 1)
+            box_N4[:, axis + 2] = np.clip(high_N + half_pixel_N, 0, 1)
+        box_N4[paper.mean(1) < 0.05] = 0  # a sliver of paper is padding
+        return box_N4
+
+
+def wanted_page_size(image_processor: Any) -> tuple[int, int]:
+    """(width, height) of a page that the image processor neither crops nor squeezes more than it must."""
+    size = {
+        key: value
+        for key in ("height", "width", "shortest_edge", "longest_edge")
+        if (value := _entry(getattr(image_processor, "size", None), key)) is not None
+    }
+    crop = getattr(image_processor, "crop_size", None)
+    if getattr(image_processor, "do_center_crop", False) and crop is not None:
+        return int(_entry(crop, "width") or crop), int(_entry(crop, "height") or crop)
+    if "height" in size and "width" in size:
+        return int(size["width"]), int(size["height"])
+    largest = _entry(getattr(image_processor, "max_image_size", None), "longest_edge")
+    if largest is not None and not getattr(image_processor, "do_image_splitting", False):
+        return int(largest), int(largest)  # Idefics3 unsplit: one square tile
+    width, height = PAPER_SHAPE
+    longest = size.get("longest_edge")
+    if longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
+        scale = min(1.0, math.sqrt(longest / (width * height)))
+    elif longest is not None:
+        scale = longest / width
+    elif "shortest_edge" in size:
+        scale = size["shortest_edge"] / height
+    else:
+        scale = 1.0
+    return round(width * scale), round(height * scale)
+
+
+def _entry(size: Any, key: str) -> int | None:
+    """`size[key]` of a dict or of transformers' SizeDict, None where it is not set."""
+    return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
+
+
+def _tiles(pixels: Any) -> np.ndarray:
+    """Pixel values of one page as float64 [tiles, 3, rows, columns]; flat patches are tiles of one row."""
+    if isinstance(pixels, (list, tuple)):
+        pixels = pixels[0]
+    values = torch.as_tensor(pixels).double().numpy()
+    if values.ndim >= 4:
+        return values.reshape(-1, *values.shape[-3:])
+    patches = values.reshape(-1, values.shape[-1])  # Qwen's kind: [patches, 3 x frames x side x side]
+    return patches.reshape(len(patches), 3, 1, -1)
+
+
+def _group(colour: np.ndarray, n_tokens: int) -> np.ndarray | None:
+    """Pixels of every visual token, [n_tokens, 3, pixels], or None where they do not divide evenly."""
+    tiles, _, rows, columns = colour.shape
+    if rows == 1:  # flat patches: a token is a run of merged patches
+        if tiles % n_tokens:
+            return None
+        return colour.reshape(n_tokens, tiles // n_tokens, 3, columns).swapaxes(1, 2).reshape(n_tokens, 3, -1)
+    if n_tokens % tiles:
+        return None
+    each = n_tokens // tiles
+    down = round(math.sqrt(each * rows / columns))
+    if down == 0 or each % down:
+        return None
+    across = each // down
+    high, wide = rows // down, columns // across  # a remainder at the edge is not seen by the patches
+    part = colour[:, :, : high * down, : wide * across].reshape(tiles, 3, down, high, across, wide)
+    return part.transpose(0, 2, 4, 1, 3, 5).reshape(n_tokens, 3, high * wide)
+
+
+def _common_prefix(tails: list[_Tail]) -> int:
+    """How many prompt tokens all tails share, leaving each at least one of its own before the answer."""
+    limit = min(tail.n_prompt for tail in tails) - 1
+    shared = 0
+    while shared < limit and len({tail.ids[shared] for tail in tails}) == 1:
+        shared += 1
+    return shared

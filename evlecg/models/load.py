@@ -1,0 +1,219 @@
+"""Any checkpoint: found, inspected from its config alone, then loaded with every weight accounted for."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from evlecg.errors import EvlecgError
+from evlecg.recipe import nearest
+
+# name -> (folder inside evlecg/assets, whether its weights are used); an untrained one starts from the run's seed
+BUILTIN: dict[str, tuple[str, bool]] = {
+    "teacher": ("teacher", True),
+    "teacher-untrained": ("teacher", False),
+    "student": ("student", False),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint's config says, known before any weight is read.
+
+    Attributes:
+        name: what the user typed.
+        source: local folder or hub id that transformers reads.
+        model_type: transformers' family name.
+        config: transformers config.
+        trained: False for a built-in architecture that starts from seeded random weights.
+        image_token_id: id of the placeholder whose positions hold visual tokens.
+        width: hidden size of the language model.
+        vocab_size: rows of the output head.
+    """
+
+    name: str
+    source: str
+    model_type: str
+    config: Any
+    trained: bool
+    image_token_id: int
+    width: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory: transformers model and processor."""
+
+    checkpoint: Checkpoint
+    model: Any
+    processor: Any
+
+    @property
+    def forward_keys(self) -> frozenset[str]:
+        """Names of the model's forward arguments."""
+        return frozenset(python_inspect.signature(type(self.model).forward).parameters)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def resolve(name: str) -> tuple[str, bool]:
+    """Where a checkpoint's files are: a built-in, a run folder (its student), a folder, or a hub id.
+
+    Returns:
+        (folder or hub id, whether its weights are to be read).
+    """
+    if name.startswith("builtin:"):
+        key = name.removeprefix("builtin:")
+        if key not in BUILTIN:
+            raise EvlecgError(f"unknown built-in model {key!r}", hint=nearest(key, BUILTIN))
+        folder, trained = BUILTIN[key]
+        return str(resources.files("evlecg") / "assets" / folder), trained
+    path = Path(name)
+    if (path / "student" / "config.json").is_file():
+        return str(path / "student"), True
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = "a checkpoint folder holds config.json, weights and a processor; a run folder holds student/"
+            raise EvlecgError("the folder holds no model", where=name, hint=hint)
+        return name, True
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
+        raise EvlecgError("no such checkpoint", where=name, hint="give a folder, a hub id (owner/name) or builtin:NAME")
+    return name, True
+
+
+def inspect(name: str) -> Checkpoint:
+    """Reads a checkpoint's config only.
+
+    Raises:
+        EvlecgError: nothing there, not an image-text-to-text family, or no image placeholder.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    source, trained = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
+        raise EvlecgError("the checkpoint's config cannot be read", where=name, hint=_first_line(error)) from error
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise EvlecgError(
+            f"{config.model_type!r} is not an image-text-to-text family of the installed transformers",
+            where=name,
+            hint="name a vision-language checkpoint",
+        )
+    image_token_id = getattr(config, "image_token_id", None)
+    if image_token_id is None:
+        raise EvlecgError(
+            f"family {config.model_type!r} has no image placeholder in its text",
+            where=name,
+            hint="only early-fusion families are supported so far",
+        )
+    text = config.get_text_config()
+    return Checkpoint(
+        name=name,
+        source=source,
+        model_type=config.model_type,
+        config=config,
+        trained=trained,
+        image_token_id=int(image_token_id),
+        width=int(text.hidden_size),
+        vocab_size=int(text.vocab_size),
+    )
+
+
+def load_processor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own processor, complete with image processor and tokenizer."""
+    from transformers import AutoProcessor
+
+    hint = "save the processor beside the model: processor.save_pretrained(FOLDER)"
+    try:
+        with _quiet():
+            processor = AutoProcessor.from_pretrained(checkpoint.source)
+    except Exception as error:
+        raise EvlecgError("the checkpoint has no usable processor", where=checkpoint.name, hint=hint) from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise EvlecgError("the checkpoint has no processor for images and text", where=checkpoint.name, hint=hint)
+    return processor
+
+
+def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Loaded:
+    """Loads weights and processor; a weight that is missing, left over or of another shape is an error.
+
+    Args:
+        checkpoint: from `inspect`.
+        dtype: "float32", "bfloat16" or "float16".
+        seed: of the random weights of an untrained built-in.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    processor = load_processor(checkpoint)  # before the weights: the cheap thing fails first
+    torch_dtype = getattr(torch, dtype)
+    if not checkpoint.trained:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch_dtype)
+        return Loaded(checkpoint, model, processor)
+    try:
+        with _quiet():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                checkpoint.source, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:
+        hint = f"{_first_line(error)} (only safetensors are read)"
+        raise EvlecgError("the checkpoint's weights cannot be loaded", where=checkpoint.name, hint=hint) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(kind) or ())
+        if keys:
+            raise EvlecgError(
+                f"{len(keys)} weights are {kind.removesuffix('_keys')}: {', '.join(keys[:3])}"
+                + (" ..." if len(keys) > 3 else ""),
+                where=checkpoint.name,
+                hint="a model with random weights must not pass as trained; check config.json against the weights",
+            )
+    return Loaded(checkpoint, model, processor)
+
+
+def parameter_count(folder: Path) -> int:
+    """Numbers in all safetensors files of a folder, from their headers."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                size = 1
+                for side in entry["shape"]:
+                    size *= side
+                total += size
+    return total
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class _quiet:
+    """transformers' own bars and advice stay off the user's screen while a model loads."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.verbosity)
+        if os.environ.get("TRANSFORMERS_VERBOSITY"):
+            logging.enable_progress_bar()

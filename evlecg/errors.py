@@ -4,13 +4,15 @@ from __future__ import annotations
 
 
 class EvlecgError(Exception):
-    """Bad input. The CLI prints it on one line and exits with code 2.
+    """Bad input. The CLI prints it on one line and exits with `exit_code` 2.
 
     Args:
         what: what is wrong, as a sentence without a full stop.
         where: the file, key or option at fault; empty where there is none.
         hint: what to do next; empty where nothing sensible can be said.
     """
+
+    exit_code = 2
 
     def __init__(self, what: str, *, where: object = "", hint: str = "") -> None:
         self.what = what
@@ -22,3 +24,15 @@ class EvlecgError(Exception):
         place = f" [{self.where}]" if self.where else ""
         advice = f" -> {self.hint}" if self.hint else ""
         return f"{self.what}{place}{advice}"
+
+
+class RunFailed(EvlecgError):
+    """The input was fine, the run was not (a loss that is not finite, an export that does not reload)."""
+
+    exit_code = 1
+
+
+class GateNotMet(EvlecgError):
+    """Everything ran, and a quality gate that the user set was not met."""
+
+    exit_code = 3

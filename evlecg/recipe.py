@@ -179,8 +179,13 @@ class Recipe:
     finish: FinishConfig = _section(FinishConfig)
 
     @property
+    def effective_method(self) -> str:
+        """The method, or `ce` where there is no teacher to learn from."""
+        return "ce" if self.teacher == "none" else self.method
+
+    @property
     def needs_teacher(self) -> bool:
-        return self.method != "ce" and self.teacher != "none"
+        return self.effective_method != "ce"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict (tuples as lists): what YAML and JSON hold."""

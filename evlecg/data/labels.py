@@ -1,8 +1,8 @@
 """One label vocabulary, and how each dataset's own codes enter it.
 
-A code follows PTB-XL (SCP-ECG) where PTB-XL has one; `LBBB`, `RBBB`, `STD`, `STE`, `TAB`, `LAE`, `RAE` are its `CLBBB`,
-`CRBBB`, `STD_`, `STE_`, `TAB_`, `LAO/LAE`, `RAO/RAE`. A dataset says of each label present, not present, or nothing: the
-last is kept apart (the label is absent from `Record.labels`), because "nobody looked" is not "no".
+A code follows PTB-XL (SCP-ECG) where PTB-XL has one; where the spelling differs, `SCP_ALIASES` says so. A dataset says
+of each label present, not present, or nothing: the last is kept apart (the label is absent from `Record.labels`),
+because "nobody looked" is not "no".
 
 The five superclasses (`super`) are PTB-XL's. What stands for them elsewhere, so that one model can be scored on all:
 
@@ -99,8 +99,8 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
         "PACE", "PRWP", "PVC", "LPR", "LNGQT", "QWAVE", "RAD", "SARRH", "SBRAD", "STACH", "TAB", "INVT",
     ),
     "ludb": (
-        *SUPERCLASSES, "SR", "AFIB", "AFLT", "SBRAD", "STACH", "SARRH", "PACE", "PAC", "PVC", "1AVB", "3AVB", "LBBB", "RBBB",
-        "ILBBB", "IRBBB", "LAFB", "IVCD", "LVH", "RVH", "LAE", "RAE", "LAD", "RAD",
+        *SUPERCLASSES, "SR", "AFIB", "AFLT", "SBRAD", "STACH", "SARRH", "PACE", "PAC", "PVC", "1AVB", "3AVB", "LBBB",
+        "RBBB", "ILBBB", "IRBBB", "LAFB", "IVCD", "LVH", "RVH", "LAE", "RAE", "LAD", "RAD",
     ),
 }
 
@@ -110,8 +110,8 @@ SCP_ALIASES = {
 }
 
 CPSC_NAMES = {
-    "Normal": "NORM", "AF": "AFIB", "I-AVB": "1AVB", "LBBB": "LBBB", "RBBB": "RBBB", "PAC": "PAC", "PVC": "PVC", "STD": "STD",
-    "STE": "STE",
+    "Normal": "NORM", "AF": "AFIB", "I-AVB": "1AVB", "LBBB": "LBBB", "RBBB": "RBBB", "PAC": "PAC", "PVC": "PVC",
+    "STD": "STD", "STE": "STE",
 }
 # CPSC2018 in the challenge's form: the same nine classes under SNOMED codes, which mean what CPSC meant by them.
 CPSC_SNOMED = {
@@ -119,7 +119,8 @@ CPSC_SNOMED = {
     "284470004": "PAC", "164884008": "PVC", "429622005": "STD", "164931005": "STE",
 }
 CPSC_SUPERCLASS = {
-    "NORM": "NORM", "1AVB": "CD", "LBBB": "CD", "RBBB": "CD", "STD": "STTC", "STE": "STTC", "AFIB": "", "PAC": "", "PVC": "",
+    "NORM": "NORM", "1AVB": "CD", "LBBB": "CD", "RBBB": "CD", "STD": "STTC", "STE": "STTC",
+    "AFIB": "", "PAC": "", "PVC": "",
 }
 # fmt: on
 CPSC_ASSESSED = frozenset(CPSC_NAMES.values()) | {"CD", "STTC"}

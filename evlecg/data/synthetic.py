@@ -211,9 +211,9 @@ def _draw_heart(rng: np.random.Generator) -> np.ndarray:
     _rotate(waves, _P, frontal_deg=rng.normal(0, 10), transverse_deg=rng.normal(0, 8))
     voltage = math.exp(rng.normal(0, 0.20))
     waves[_at(*_QRS), 2:] *= voltage
-    waves[_at("Q"), 2:] *= math.exp(rng.normal(0, 0.3))
+    waves[_at("Q"), 2:] *= math.exp(rng.normal(0, 0.4))
     waves[_at("S"), 2:] *= math.exp(rng.normal(0, 0.35))
-    waves[_at(*_T), 2:] *= voltage**0.5 * math.exp(rng.normal(0, 0.24))
+    waves[_at(*_T), 2:] *= voltage**0.5 * math.exp(rng.normal(0, 0.30))
     waves[_at(*_P), 2:] *= math.exp(rng.normal(0, 0.22))
     waves[_at(*_QRS), 1] *= math.exp(rng.normal(0, 0.07))
     waves[_at(*_QRS), 0] *= math.exp(rng.normal(0, 0.07))
@@ -224,14 +224,14 @@ def _draw_heart(rng: np.random.Generator) -> np.ndarray:
 
 def _severity(rng: np.random.Generator) -> float:
     """Between barely there and unmistakable."""
-    return 0.30 + 0.70 * float(rng.beta(1.6, 1.5))
+    return 0.10 + 0.90 * float(rng.beta(1.4, 1.6))
 
 
 def _infarct(rng: np.random.Generator, waves: np.ndarray) -> str:
     """Forces towards the scar are lost: Q waves, small R waves, often an inverted T there. In place."""
     name, toward = _territory(rng)
     severity = _severity(rng)
-    waves[_at("loss"), 2:] = -(0.16 + 0.44 * severity) * toward
+    waves[_at("loss"), 2:] = -(0.06 + 0.50 * severity) * toward
     for row in _at("Q", "R", "R2"):
         force = max(0.0, float(waves[row, 2:] @ toward))
         waves[row, 2:] -= 0.55 * severity * force * toward
@@ -248,14 +248,14 @@ def _repolarisation(rng: np.random.Generator, waves: np.ndarray) -> str:
     severity = _severity(rng)
     kind = rng.random()
     if kind < 0.35:
-        waves[_at(*_T), 2:] *= 1 - (0.55 + 0.5 * severity)
+        waves[_at(*_T), 2:] *= 1 - (0.40 + 0.65 * severity)
         return "non-specific T wave flattening"
     name, toward = _territory(rng)
     if kind < 0.70:
-        waves[_at("ST"), 2:] -= (0.05 + 0.16 * severity) * toward
-        _invert_t(waves, toward, 0.3 + 0.7 * severity)
+        waves[_at("ST"), 2:] -= (0.025 + 0.18 * severity) * toward
+        _invert_t(waves, toward, 0.15 + 0.85 * severity)
         return f"ST depression, {name}"
-    _invert_t(waves, toward, 0.7 + 1.2 * severity)
+    _invert_t(waves, toward, 0.5 + 1.3 * severity)
     return f"T wave inversion, {name}"
 
 
@@ -277,22 +277,22 @@ def _conduction(rng: np.random.Generator, waves: np.ndarray) -> str:
         waves[_at(*_T), 0] += 0.035
         return "left bundle branch block"
     if kind < 0.47:  # the right ventricle's forces come last, to the right and to the front
-        size = force * (0.35 + 0.45 * severity)
+        size = force * (0.25 + 0.55 * severity)
         waves[_at("late")] = (0.064 + 0.010 * severity, 0.015 + 0.004 * severity, -0.75 * size, 0.0, -0.70 * size)
         waves[_at("R2"), 4] *= 0.75
         waves[_at(*_T), 4] += 0.10
         waves[_at(*_T), 0] += 0.02
         return "right bundle branch block"
     if kind < 0.60:
-        size = force * (0.20 + 0.20 * severity)
+        size = force * (0.12 + 0.28 * severity)
         waves[_at("late")] = (0.050, 0.011, -0.70 * size, 0.0, -0.75 * size)
         return "incomplete right bundle branch block"
     if kind < 0.80:  # the left ventricle is reached from below: first forces down, main forces up
         axis_deg = math.degrees(math.atan2(*waves[_at("R")[0], [3, 2]]))
-        _rotate(waves, _QRS, frontal_deg=-(38 + 30 * severity) - axis_deg)
+        _rotate(waves, _QRS, frontal_deg=-(32 + 36 * severity) - axis_deg)
         waves[_at("Q"), 2:] += force * np.array([-0.05, 0.22, 0.0])
         return "left anterior fascicular block"
-    waves[_at(*_P), 0] -= 0.065 + 0.085 * severity
+    waves[_at(*_P), 0] -= 0.040 + 0.110 * severity
     return "first degree AV block"
 
 
@@ -307,7 +307,7 @@ def _hypertrophy(rng: np.random.Generator, waves: np.ndarray) -> str:
         waves[_at(*_P), 3] *= 1.3
         return "right ventricular hypertrophy"
     _rotate(waves, _QRS, frontal_deg=-rng.uniform(5, 30))
-    waves[_at(*_QRS), 2:] *= 1.25 + 0.80 * severity
+    waves[_at(*_QRS), 2:] *= 1.12 + 0.85 * severity
     waves[_at("R2"), 4] += 0.12
     waves[_at("R", "R2"), 1] *= 1.10
     if rng.random() < 0.4:  # a large left atrium: the second half of P is wide and points back
@@ -451,7 +451,7 @@ def _fibrillation(rng: np.random.Generator, time_T: np.ndarray) -> np.ndarray:
     phase_T = 2 * math.pi * rate_hz * time_T + wander_T
     shape_T = np.sin(phase_T) + 0.35 * np.sin(2 * phase_T + rng.uniform(0, 6.28))
     shape_T *= 0.75 + 0.25 * np.sin(2 * math.pi * rng.uniform(0.2, 0.6) * time_T + rng.uniform(0, 6.28))
-    size_mV = 0.025 * math.exp(rng.normal(0, 0.45))
+    size_mV = 0.022 * math.exp(rng.normal(0, 0.5))
     return (np.array([[-0.3], [0.9], [-1.2]]) * size_mV * shape_T).astype(np.float32)
 
 

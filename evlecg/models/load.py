@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect as python_inspect
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evlecg.errors import EvlecgError
+from evlecg.files import sha256_file
 from evlecg.recipe import nearest
 
 # name -> (folder inside evlecg/assets, whether its weights are used); an untrained one starts from the run's seed
@@ -180,6 +182,14 @@ def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Lo
                 hint="a model with random weights must not pass as trained; check config.json against the weights",
             )
     return Loaded(checkpoint, model, processor)
+
+
+def weights_hash(checkpoint: Checkpoint) -> str | None:
+    """SHA-256 over a local checkpoint's safetensors files, None for a hub id or untrained weights."""
+    files = sorted(Path(checkpoint.source).glob("*.safetensors")) if checkpoint.trained else []
+    if not files:
+        return None
+    return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
 
 
 def parameter_count(folder: Path) -> int:

@@ -1,0 +1,155 @@
+"""The datasets that can be prepared: one row each. A new dataset is a row here and, at most, a file for its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evlecg.data.readers_base import Reading, ReadOptions, Rejected, Source, locate
+from evlecg.data.readers_cinc import is_cinc2021, is_cpsc2018, open_cinc2021, open_cpsc2018
+from evlecg.data.readers_ludb import is_ludb, open_ludb
+from evlecg.data.readers_ptbxl import is_ptbxl, open_ptbxl
+from evlecg.errors import EvlecgError
+from evlecg.recipe import nearest
+from evlecg.schema import Record
+
+__all__ = ["READERS", "ReadOptions", "Reader", "Reading", "Rejected", "Source", "find_reader", "home_of"]
+
+SYNTHETIC_COUNTS = {"train": 1000, "val": 300, "test": 500}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One dataset.
+
+    Attributes:
+        title: its name, with the version that was read.
+        licence: of the data.
+        citation: what to cite, short.
+        url: where it is described.
+        get: shell commands that put it into ./data/NAME; empty where nothing has to be fetched.
+        needs: what its top folder must hold, for an error message.
+        labels: default label set (or sets, joined by `+`).
+        open: source folder (None for generated data) and options -> `Reading`.
+        is_home: whether a folder is its top folder; None where there is no folder.
+        merge: its files may be spread over sibling folders.
+        rates_hz: sampling rates to choose from; empty where there is no choice.
+    """
+
+    title: str
+    licence: str
+    citation: str
+    url: str
+    get: tuple[str, ...]
+    needs: str
+    labels: str
+    open: Callable[[Source, ReadOptions], Reading] | Callable[[None, ReadOptions], Reading]
+    is_home: Callable[[Path], bool] | None
+    merge: bool = False
+    rates_hz: tuple[int, ...] = ()
+
+    @property
+    def needs_source(self) -> bool:
+        return self.is_home is not None
+
+
+def _open_synthetic(source: None, options: ReadOptions) -> Reading:
+    """The built-in generator as a dataset: its entries are the records."""
+    from evlecg.data.synthetic import generate
+
+    counts = dict(options.counts) or SYNTHETIC_COUNTS
+    wanted = set(options.labels)
+
+    def read(record: Record) -> Record:
+        return replace(record, labels={code: value for code, value in record.labels.items() if code in wanted})
+
+    entries: Iterator[Record] = generate(counts, options.seed)
+    return Reading(sum(counts.values()), entries, lambda record: record.id, read)
+
+
+def _wget(path: str, name: str) -> tuple[str, ...]:
+    """Commands that mirror a PhysioNet folder into ./data/NAME."""
+    cut = path.strip("/").count("/") + 2
+    return (f"wget -r -N -c -np -nH --cut-dirs={cut} -P data/{name} https://physionet.org/files/{path}/",)
+
+
+READERS: dict[str, Reader] = {
+    "synthetic": Reader(
+        title="evlecg synthetic 12-lead set",
+        licence="Apache-2.0 (generated)",
+        citation="evlecg",
+        url="",
+        get=(),
+        needs="",
+        labels="super+rhythm",
+        open=_open_synthetic,
+        is_home=None,
+    ),
+    "ludb": Reader(
+        title="LUDB 1.0.1",
+        licence="ODC-By 1.0",
+        citation="Kalyakulina et al., IEEE Access 8, 2020, doi:10.1109/ACCESS.2020.3029211",
+        url="https://physionet.org/content/ludb/1.0.1/",
+        get=_wget("ludb/1.0.1", "ludb"),
+        needs="ludb.csv and data/1.hea",
+        labels="ludb",
+        open=open_ludb,
+        is_home=is_ludb,
+    ),
+    "ptbxl": Reader(
+        title="PTB-XL 1.0.3",
+        licence="CC BY 4.0",
+        citation="Wagner et al., Scientific Data 7:154, 2020, doi:10.1038/s41597-020-0495-6",
+        url="https://physionet.org/content/ptb-xl/1.0.3/",
+        get=_wget("ptb-xl/1.0.3", "ptbxl"),
+        needs="ptbxl_database.csv, scp_statements.csv and records500/ (or records100/)",
+        labels="super",
+        open=open_ptbxl,
+        is_home=is_ptbxl,
+        rates_hz=(500, 100),
+    ),
+    "cpsc2018": Reader(
+        title="CPSC 2018 (PhysioNet/CinC form)",
+        licence="CC BY 4.0",
+        citation="Liu et al., J. Medical Imaging and Health Informatics 8, 2018, doi:10.1166/jmihi.2018.2442",
+        url="https://physionet.org/content/challenge-2020/1.0.2/",
+        get=_wget("challenge-2020/1.0.2/training/cpsc_2018", "cpsc2018"),
+        needs="headers and signals A0001.hea, A0001.mat, ... (folders below are searched)",
+        labels="cpsc9",
+        open=open_cpsc2018,
+        is_home=is_cpsc2018,
+        merge=True,
+    ),
+    "cinc2021": Reader(
+        title="PhysioNet/CinC Challenge 2021 1.0.3",
+        licence="CC BY 4.0",
+        citation="Reyna et al., Computing in Cardiology 48, 2021, doi:10.23919/CinC53138.2021.9662687",
+        url="https://physionet.org/content/challenge-2021/1.0.3/",
+        get=_wget("challenge-2021/1.0.3/training", "cinc2021/training"),
+        needs="training/COHORT/..., or headers with their .mat files (folders below are searched)",
+        labels="cinc2021-26",
+        open=open_cinc2021,
+        is_home=is_cinc2021,
+        merge=True,
+    ),
+}
+
+
+def find_reader(name: str) -> Reader:
+    """A row of `READERS`.
+
+    Raises:
+        EvlecgError: no such dataset, naming the nearest.
+    """
+    if name not in READERS:
+        raise EvlecgError(f"unknown dataset {name!r}", hint=nearest(name, READERS))
+    return READERS[name]
+
+
+def home_of(name: str, folder: Path) -> Path | None:
+    """Top folder of dataset `name` at or below `folder`; None where it does not lie there."""
+    is_home = READERS[name].is_home
+    if is_home is None or not folder.is_dir():
+        return None
+    return locate(folder, is_home, merge=READERS[name].merge)

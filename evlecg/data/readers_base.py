@@ -1,0 +1,205 @@
+"""What every reader shares: the source folder, read once and hashed on the way; options; what a record can become."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evlecg.data.gates import Unfit
+from evlecg.errors import EvlecgError
+from evlecg.schema import Record
+
+SPLIT_SHARES = (("train", 0.8), ("val", 0.1), ("test", 0.1))
+MAX_AGE = 90.0  # ages of 90 and more are one group: the few very old could be recognised
+SEARCH_WIDTH = 1000
+SEARCH_DEPTH = 4  # wget -r puts a dataset under physionet.org/files/NAME/VERSION
+
+
+class Dropped(Exception):
+    """A record that is sound but not wanted (no class of the label set, not in this partial copy); the reason."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that did not come through.
+
+    Attributes:
+        id: as in `Record`.
+        reason: one short phrase.
+        fault: whether something is wrong with it; False for records that were dropped on purpose.
+    """
+
+    id: str
+    reason: str
+    fault: bool = True
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a dataset is read.
+
+    Attributes:
+        labels: label codes wanted.
+        seed: of the split, where the dataset brings none.
+        fs_hz: which of several published sampling rates; None for the reader's default.
+        counts: split -> records, for generated datasets.
+    """
+
+    labels: tuple[str, ...]
+    seed: int = 0
+    fs_hz: int | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Source:
+    """A download. Every byte goes through `read`, once, so that its hash costs no second pass over the disk.
+
+    Args:
+        root: the dataset's own top folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._sha256: dict[str, tuple[int, str]] = {}
+
+    def read(self, relative: str) -> bytes:
+        """A file's bytes.
+
+        Args:
+            relative: path below the root, with `/`.
+
+        Raises:
+            Unfit: the path leads out of the source folder.
+            OSError: the file cannot be read.
+        """
+        data = self.path(relative).read_bytes()
+        self._sha256[relative] = (len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    def text(self, relative: str) -> str:
+        """A text file, with any byte-order mark dropped."""
+        return self.read(relative).decode("utf-8-sig", errors="replace")
+
+    def path(self, relative: str) -> Path:
+        """Where a file lies; names inside a dataset cannot lead out of its folder."""
+        plain = os.path.normpath(relative)
+        if Path(plain).is_absolute() or Path(plain).parts[:1] == ("..",):
+            raise Unfit("a file name leads out of the source folder")
+        return self.root / plain
+
+    def exists(self, relative: str) -> bool:
+        return self.path(relative).is_file()
+
+    def find(self, suffix: str) -> list[str]:
+        """Relative paths of all files with a suffix, hidden ones apart, sorted."""
+        found: list[str] = []
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            inside = Path(folder).relative_to(self.root).as_posix()
+            prefix = "" if inside == "." else f"{inside}/"
+            found += [prefix + name for name in files if name.endswith(suffix) and not name.startswith(".")]
+        return sorted(found)
+
+    def provenance(self) -> dict[str, Any]:
+        """Count, bytes and one hash of what was read, the same wherever the folder lies."""
+        digest = hashlib.sha256()
+        for relative, (size, sha256) in sorted(self._sha256.items()):
+            digest.update(f"{relative}\t{size}\t{sha256}\n".encode())
+        return {
+            "n_files": len(self._sha256),
+            "n_bytes": sum(size for size, _ in self._sha256.values()),
+            "sha256": digest.hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An opened dataset: what there is, and how one of them is read.
+
+    `entries` and `read` are apart so that the entries can be shared out over processes.
+
+    Attributes:
+        total: number of entries.
+        entries: one small value for each record.
+        name: entry -> record id.
+        read: entry -> record; raises Unfit or Dropped, or OSError, ValueError, LookupError on unreadable files.
+    """
+
+    total: int
+    entries: Iterable[Any]
+    name: Callable[[Any], str]
+    read: Callable[[Any], Record]
+
+    def records(self) -> Iterator[Record | Rejected]:
+        """Every entry, in order; one bad file never stops the run."""
+        for entry in self.entries:
+            try:
+                yield self.read(entry)
+            except Unfit as reason:
+                yield Rejected(self.name(entry), str(reason))
+            except Dropped as reason:
+                yield Rejected(self.name(entry), str(reason), fault=False)
+            except FileNotFoundError:
+                yield Rejected(self.name(entry), "missing file")
+            except OSError as error:  # its text holds a path of this machine
+                yield Rejected(self.name(entry), f"unreadable file: {error.strerror or type(error).__name__}")
+            except EvlecgError as error:
+                yield Rejected(self.name(entry), error.what)
+            except (ValueError, LookupError, OverflowError) as error:
+                yield Rejected(self.name(entry), f"malformed: {type(error).__name__}")
+
+
+def split_of(patient_id: str, seed: int) -> str:
+    """The split of a patient: the same on every machine, about 80/10/10, other for another seed."""
+    digest = hashlib.sha256(f"{seed}:{patient_id}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    for split, share in SPLIT_SHARES:
+        if place < share:
+            return split
+        place -= share
+    return SPLIT_SHARES[-1][0]
+
+
+def parse_age(text: str) -> float | None:
+    """Years from "56", "56.0", ">89", "NaN", "Unknown" or ""; `MAX_AGE` at most (PTB-XL writes 300 for 90 and more)."""
+    text = text.strip()
+    over = text.startswith(">")
+    try:
+        age = float(text.lstrip(">"))
+    except ValueError:
+        return None
+    if over or age > MAX_AGE - 1:
+        return MAX_AGE
+    return age if age >= 0 else None  # also drops NaN, which compares false
+
+
+def parse_sex(text: str) -> str | None:
+    """ "F" or "M" from any of F, Female, female, M, ...; None for the rest."""
+    return {"f": "F", "female": "F", "m": "M", "male": "M"}.get(text.strip().lower())
+
+
+def locate(folder: Path, is_home: Callable[[Path], bool], *, merge: bool = False) -> Path | None:
+    """The dataset's top folder at or below `folder`, since downloads come wrapped in folders; None where it is not.
+
+    Args:
+        folder: where to look; the nearest level with a match decides.
+        is_home: whether a folder is the top of the dataset.
+        merge: where several match, they are parts of one dataset, and their common parent is its top; otherwise
+            several are ambiguous, and count as none.
+    """
+    level = [folder]
+    for _ in range(SEARCH_DEPTH + 1):
+        homes = [path for path in level if is_home(path)]
+        if len(homes) == 1:
+            return homes[0]
+        if homes:
+            return Path(os.path.commonpath(homes)) if merge else None
+        level = [path for parent in level for path in sorted(parent.iterdir()) if path.is_dir()]
+        level = [path for path in level if not path.name.startswith(".")]
+        if len(level) > SEARCH_WIDTH:
+            return None
+    return None

@@ -1,0 +1,490 @@
+"""The training job: check, build, loop, save. No trainer class, no callbacks; accelerate is called, never subclassed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evlecg.data.store import Prepared
+from evlecg.data.tasks import YES_NO, chosen_labels, label_samples
+from evlecg.errors import EvlecgError, RunFailed
+from evlecg.files import new_folder, write_text_atomic
+from evlecg.models import load as models
+from evlecg.page.render import page_style
+from evlecg.progress import Progress
+from evlecg.recipe import Recipe
+from evlecg.report import environment
+
+MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, what it cost, and how the loss ended."""
+
+    run: Path
+    steps: int
+    seconds: float
+    n_train: int
+    n_parameters: int
+    last: dict[str, Any]
+
+
+def distill(
+    recipe: Recipe, *, data: Path, out: Path, resume: bool = False, progress: Progress | None = None
+) -> RunResult:
+    """Trains a student and leaves a run folder: recipe.yaml, metrics.jsonl, student/, checkpoints/, run.json.
+
+    Args:
+        recipe: what to do.
+        data: prepared folder.
+        out: run folder; it must not exist yet, unless `resume`.
+        resume: go on from the newest checkpoint in `out`.
+        progress: who listens.
+
+    Raises:
+        EvlecgError: bad input; nothing is left behind.
+        RunFailed: the loss stopped being finite; checkpoints stay.
+    """
+    progress = progress or Progress()
+    start_s = time.monotonic()
+    prepared = Prepared.open(data)
+    labels = chosen_labels(prepared, recipe.data)
+    indices = prepared.indices("train")[: recipe.data.max_train]
+    samples = label_samples(prepared, indices, labels, recipe.data.question)
+    if not samples:
+        raise EvlecgError("the prepared folder has no training record with an assessed label", where=data)
+    _check_out(out, resume)
+    job = _build(recipe, prepared, samples, progress)  # models load here; nothing is on disk yet
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+    state = _restore(job, out, progress) if resume else _Position()
+    last = _loop(job, state, out, progress)
+
+    seconds = time.monotonic() - start_s
+    result = RunResult(out, state.step, seconds, len(samples), job.student.n_parameters, last)
+    if job.accelerator.is_main_process:
+        _save_student(job, out)
+        write_text_atomic(out / "run.json", json.dumps(_provenance(job, result, labels), indent=2) + "\n")
+    job.accelerator.wait_for_everyone()
+    return result
+
+
+@dataclass
+class _Position:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch already read
+    step: int = 0  # optimizer steps taken
+
+    def state_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that the loop needs, built once."""
+
+    recipe: Recipe
+    prepared: Prepared
+    accelerator: Any
+    student: models.Loaded
+    teacher: models.Loaded | None
+    signal: Any
+    builder: Any
+    model: Any
+    objective: Any
+    optimizer: Any
+    schedule: Any
+    total_steps: int
+    checks: dict[str, Any]
+
+
+def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress) -> _Job:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from transformers import get_scheduler
+
+    from evlecg.losses.objective import METHODS
+    from evlecg.models.batch import BatchBuilder, epoch_batches
+    from evlecg.models.encode import Encoder
+    from evlecg.teacher import LiveTeacher
+
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    train = recipe.train
+    method = METHODS[recipe.effective_method]
+    student_checkpoint = models.inspect(recipe.student)
+    teacher_checkpoint = models.inspect(recipe.teacher) if recipe.needs_teacher else None
+
+    set_seed(recipe.seed)
+    accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
+    student = models.load(student_checkpoint, dtype=train.dtype, seed=recipe.seed)
+    teacher = models.load(teacher_checkpoint, dtype=train.teacher_dtype) if teacher_checkpoint else None
+    if train.freeze_vision:
+        _freeze_vision(student)
+    style = page_style(recipe.page)
+    student_encoder = Encoder(student.checkpoint, student.processor, size_px=_pair(recipe.page.student_size))
+    teacher_encoder = None
+    if teacher is not None:
+        teacher_encoder = Encoder(teacher.checkpoint, teacher.processor, size_px=_pair(recipe.page.teacher_size))
+        teacher.model.to(accelerator.device).eval()
+    student.model.to(accelerator.device)
+
+    unpacked = BatchBuilder(prepared, samples, style, student_encoder, teacher_encoder, packed=False)
+    packed, checks = _startup_checks(recipe, unpacked, student, teacher, progress)
+    builder = dataclasses.replace(unpacked, packed=packed)
+
+    objective = method(
+        recipe.objective,
+        student_width=student.checkpoint.width,
+        teacher_width=teacher.checkpoint.width if teacher is not None else None,
+    )
+    groups = [
+        {"params": [p for p in student.model.parameters() if p.requires_grad], "lr": train.lr},
+        {"params": list(objective.parameters()), "lr": train.aligner_lr or train.lr},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, weight_decay=train.weight_decay)
+    batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=accelerator.num_processes))
+    total = train.epochs * math.ceil(batches / train.accumulation)
+    if train.max_steps is not None:
+        total = min(total, train.max_steps)
+    names = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+    schedule = get_scheduler(
+        names[train.schedule],
+        optimizer,
+        num_warmup_steps=round(train.warmup * total),
+        num_training_steps=total,
+    )
+    # the schedule stays unwrapped: accelerate would step it once a process
+    model, optimizer = accelerator.prepare(student.model, optimizer)
+    if any(True for _ in objective.parameters()):
+        objective = accelerator.prepare(objective)
+    accelerator.register_for_checkpointing(schedule)
+    signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer) if teacher is not None else None
+    return _Job(
+        recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
+        builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
+        checks=checks,
+    )  # fmt: skip
+
+
+def _startup_checks(
+    recipe: Recipe, unpacked: Any, student: models.Loaded, teacher: models.Loaded | None, progress: Progress
+) -> tuple[bool, dict[str, Any]]:
+    """What must hold before a step is worth taking, said on the way: packing, answers, visual tokens, image seen."""
+    from evlecg.models.batch import draw
+    from evlecg.models.encode import Turn
+    from evlecg.models.outputs import can_pack, image_matters, to_device
+
+    sample = max(unpacked.samples[:64], key=lambda candidate: len(candidate.questions))
+    turns = [Turn(question.text, question.answer) for question in sample.questions]
+    packed = recipe.train.packing != "off" and len(turns) > 1
+    checks: dict[str, Any] = {"packed": packed}
+    sides = [("student", student, unpacked.student)]
+    if teacher is not None:
+        sides.append(("teacher", teacher, unpacked.teacher))
+    for role, loaded, encoder in sides:
+        page = draw(unpacked.prepared, sample.record_index, encoder.size_px, unpacked.style)
+        side = to_device(encoder.encode([page.pixels], [turns[:1]], page.layout), loaded.model.device)
+        if len(side.answer_A2) == 0:
+            raise EvlecgError("no answer token is left to learn from", where=loaded.checkpoint.name,
+                              hint="the chat template drops the assistant's text")  # fmt: skip
+        matters = image_matters(loaded, side)
+        told = {
+            "family": loaded.checkpoint.model_type,
+            "parameters": loaded.n_parameters,
+            "page_px": list(encoder.size_px),
+            "visual_tokens": int(side.visual_BS[0].sum()),
+            "sequence": int(side.valid_BS[0].sum()),
+            "vocabulary": loaded.checkpoint.vocab_size,
+            "image_effect": matters,
+        }
+        checks[role] = told
+        progress.info(
+            f"{role}: {loaded.checkpoint.name} ({told['family']}, {told['parameters']:,} parameters), page "
+            f"{told['page_px'][0]}x{told['page_px'][1]} px, {told['visual_tokens']} visual tokens, "
+            f"vocabulary {told['vocabulary']}"
+        )
+        if matters < 1e-5:
+            raise EvlecgError(f"the {role}'s answer does not change when its page is blanked",
+                              where=loaded.checkpoint.name, hint="the image does not reach the model")  # fmt: skip
+        if packed:
+            able, why = can_pack(loaded, encoder, page.pixels, turns, page.layout)
+            if not able and recipe.train.packing == "on":
+                raise EvlecgError(f"the {role} cannot pack questions", where=loaded.checkpoint.name, hint=why)
+            if not able:
+                progress.detail(f"{role} cannot pack questions ({why}): one row a question")
+            packed = checks["packed"] = packed and able
+    return packed, checks
+
+
+def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[str, Any]:
+    """Steps from `state` to the end; returns the last logged row."""
+    from evlecg.models.batch import epoch_batches
+
+    recipe, accelerator = job.recipe, job.accelerator
+    row: dict[str, Any] = {}
+    bad_steps, saved_at = 0, state.step
+    start_s, first_step = time.monotonic(), state.step
+    job.model.train()
+    with _metrics_file(out, state.step) as log, progress.task(recipe.name, job.total_steps) as advance:
+        advance(state.step)
+        while state.step < job.total_steps:
+            batches = epoch_batches(
+                len(job.builder.samples), recipe.train.batch_size, seed=recipe.seed, epoch=state.epoch,
+                process=accelerator.process_index, processes=accelerator.num_processes,
+            )  # fmt: skip
+            for group in _grouped(_loader(job, batches[state.batch :]), recipe.train.accumulation):
+                wants_row = state.step == first_step or (state.step + 1) % recipe.log.every == 0
+                wants_gradients = recipe.log.gradients_every > 0 and state.step % recipe.log.gradients_every == 0
+                told = _step(job, group, state, diagnose=wants_row, gradients=wants_gradients)
+                state.batch += len(group)
+                if told is None:
+                    bad_steps += 1
+                    progress.warn(f"step {state.step + 1}: the loss is not finite; the batch is skipped")
+                    if bad_steps >= MOST_BAD_STEPS:
+                        raise RunFailed(f"the loss was not finite {bad_steps} times running", where=out,
+                                        hint="lower train.lr; metrics.jsonl shows the terms")  # fmt: skip
+                    continue
+                bad_steps = 0
+                state.step += 1
+                if wants_row or wants_gradients:
+                    row = {"step": state.step, "epoch": state.epoch, "seconds": time.monotonic() - start_s, **told}
+                    if accelerator.is_main_process:
+                        log.write(json.dumps(row) + "\n")
+                        log.flush()
+                advance(1, loss=f"{row['loss']:.3f}")
+                if recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
+                    saved_at = _checkpoint(job, state, out)
+                if state.step >= job.total_steps:
+                    break
+            else:
+                state.epoch, state.batch = state.epoch + 1, 0
+                if not recipe.checkpoint.every:
+                    saved_at = _checkpoint(job, state, out)
+        if saved_at != state.step:
+            _checkpoint(job, state, out)
+    return row
+
+
+def _step(
+    job: _Job, group: list[Any], state: _Position, *, diagnose: bool, gradients: bool
+) -> dict[str, Any] | None:
+    """One optimizer step over a group of batches; what to log of its last batch, or None where a loss is not finite."""
+    import torch
+
+    from evlecg.models.outputs import forward, to_device
+
+    recipe, accelerator = job.recipe, job.accelerator
+    told: dict[str, Any] = {}
+    for number, batch in enumerate(group, start=1):
+        last = number == len(group)
+        batch = to_device(batch, accelerator.device)
+        with contextlib.nullcontext() if last else accelerator.no_sync(job.model):
+            with accelerator.autocast():
+                outputs = forward(
+                    job.model, batch.student, predict_A2=batch.student.answer_A2,
+                    visual_layer=recipe.objective.visual_layer, forward_keys=job.student.forward_keys,
+                )  # fmt: skip
+            terms = job.objective(
+                outputs,
+                job.signal(batch) if job.signal is not None else None,
+                batch,
+                output_head=job.student.model.get_output_embeddings(),
+                ramp=_ramp(recipe.objective.warmup, state.step, job.total_steps),
+                diagnose=diagnose and last,
+            )
+            if not bool(torch.isfinite(terms.total)):
+                job.optimizer.zero_grad()
+                return None
+            if last and gradients:
+                told["gradients"] = _term_gradients(job, terms)
+            accelerator.backward(terms.total / len(group))
+    parameters = [p for part in job.optimizer.param_groups for p in part["params"]]
+    norm = accelerator.clip_grad_norm_(parameters, recipe.train.clip or math.inf)
+    rate = job.schedule.get_last_lr()[0]
+    job.optimizer.step()
+    job.schedule.step()
+    job.optimizer.zero_grad()
+    if diagnose or gradients:
+        total = float(terms.total.detach())
+        values = {name: float(value.detach()) for name, value in terms.values.items()}
+        weighted = {name: values[name] * terms.weights[name] for name in values}
+        told |= {
+            "lr": rate,
+            "loss": total,
+            "terms": values,
+            "weighted": weighted,
+            "grad_norm": float(norm),
+            "diagnostics": terms.diagnostics,
+        }
+    return told
+
+
+def _term_gradients(job: _Job, terms: Any) -> dict[str, float]:
+    """Norm on the student of every weighted term's gradient."""
+    import torch
+
+    parameters = [parameter for parameter in job.student.model.parameters() if parameter.requires_grad]
+    norms = {}
+    for name, value in terms.values.items():
+        if not value.requires_grad:
+            continue
+        found = torch.autograd.grad(
+            value * terms.weights[name], parameters, retain_graph=True, allow_unused=True
+        )
+        norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
+    return norms
+
+
+def _ramp(warmup: float, step: int, total: int) -> float:
+    """Share of the distillation terms' weight at a step."""
+    return min(1.0, (step + 1) / max(1.0, warmup * total))
+
+
+def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _loader(job: _Job, batches: list[Any]) -> Iterator[Any]:
+    from torch.utils.data import DataLoader
+
+    workers = job.recipe.train.workers
+    places = range(len(job.builder.samples))
+    return iter(DataLoader(places, batch_sampler=batches, collate_fn=job.builder, num_workers=workers))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _metrics_file(out: Path, step: int) -> Iterator[Any]:
+    """metrics.jsonl, open for appending, without rows that a resumed run is about to write again."""
+    path = out / "metrics.jsonl"
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        write_text_atomic(path, "".join(line + "\n" for line in kept))
+    with path.open("a", encoding="utf-8") as stream:
+        yield stream
+
+
+def _checkpoint(job: _Job, state: _Position, out: Path) -> int:
+    """Writes checkpoints/step-N whole or not at all, then drops the oldest; returns the step."""
+    folder = out / "checkpoints" / f"step-{state.step:08d}"
+    partial = folder.with_name(f".{folder.name}.partial")  # one name that all processes know
+    accelerator = job.accelerator
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_text_atomic(partial / "position.json", json.dumps(state.state_dict()) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        for old in sorted((out / "checkpoints").glob("step-*"))[: -job.recipe.checkpoint.keep_last]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return state.step
+
+
+def _restore(job: _Job, out: Path, progress: Progress) -> _Position:
+    found = sorted((out / "checkpoints").glob("step-*/position.json"))
+    if not found:
+        progress.info(f"{out} holds no checkpoint: starting from the beginning")
+        return _Position()
+    job.accelerator.load_state(str(found[-1].parent))
+    state = _Position()
+    state.load_state_dict(json.loads(found[-1].read_text()))
+    progress.info(f"going on from step {state.step} ({found[-1].parent})")
+    return state
+
+
+def _save_student(job: _Job, out: Path) -> None:
+    """student/: what transformers loads, and nothing that only training needed."""
+    model = job.accelerator.unwrap_model(job.model)
+    with new_folder(out / "student", overwrite=True) as partial:
+        model.save_pretrained(partial)
+        job.student.processor.save_pretrained(partial)
+        write_text_atomic(partial / "evlecg.json", json.dumps(_trained_with(job), indent=2) + "\n")
+
+
+def _trained_with(job: _Job) -> dict[str, Any]:
+    """evlecg.json: what a reader of the student has to ask it, and on what pages, to get what it was trained for."""
+    tree = job.recipe.to_dict()
+    return {
+        "question": job.recipe.data.question,
+        "answers": list(YES_NO),
+        "labels": {name: job.prepared.label_descriptions[name] for name in chosen_labels(job.prepared, job.recipe.data)},
+        "page": tree["page"] | {"student_size": list(job.builder.student.size_px)},
+        "method": job.recipe.effective_method,
+        "teacher": job.recipe.teacher if job.recipe.needs_teacher else None,
+        "recipe_fingerprint": job.recipe.fingerprint(),
+    }
+
+
+def _provenance(job: _Job, result: RunResult, labels: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "recipe": job.recipe.name,
+        "recipe_fingerprint": job.recipe.fingerprint(),
+        "data": {
+            "dataset": job.prepared.manifest["dataset"],
+            "fingerprint": job.prepared.fingerprint,
+            "labels": list(labels),
+            "n_train": result.n_train,
+        },
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "checks": job.checks,
+        "last": result.last,
+        "environment": environment(),
+    }
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if resume and not out.is_dir():
+        raise EvlecgError("there is no run to resume", where=out, hint="leave --resume out to start one")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise EvlecgError("the run folder is not empty", where=out, hint="choose another --out, --resume or --overwrite")
+
+
+def _freeze_vision(student: models.Loaded) -> None:
+    frozen = 0
+    for name, parameter in student.model.named_parameters():
+        parts = name.split(".")
+        if any(part in ("vision_tower", "vision_model", "visual", "vision_encoder") for part in parts) and not any(
+            "merger" in part or "projector" in part for part in parts
+        ):
+            parameter.requires_grad_(False)
+            frozen += 1
+    if not frozen:
+        raise EvlecgError("train.freeze_vision finds no vision tower", where=student.checkpoint.name,
+                          hint="set train.freeze_vision=false")  # fmt: skip
+
+
+def _pair(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if len(size) != 2 or min(size) < 16:
+        raise EvlecgError(f"a page size is [width, height] in pixels, not {list(size)}", where="page")
+    return size[0], size[1]

@@ -1,0 +1,156 @@
+"""Model and prepared folder -> predictions -> report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evlecg.data.store import Prepared
+from evlecg.data.tasks import chosen_labels, label_samples
+from evlecg.errors import EvlecgError
+from evlecg.files import new_folder
+from evlecg.metrics import N_BOOT, bootstrap_auc
+from evlecg.models import load as models
+from evlecg.page.render import page_style
+from evlecg.progress import Progress
+from evlecg.recipe import DataConfig, PageConfig
+from evlecg.report import Report, environment, write_report
+
+SPLIT_NAMES = ("train", "val", "test", "all")
+
+
+def evaluate(
+    model: str,
+    *,
+    data: Path,
+    out: Path,
+    split: str = "test",
+    labels: tuple[str, ...] = (),
+    question: str | None = None,
+    page: PageConfig | None = None,
+    batch_size: int = 16,
+    dtype: str = "float32",
+    n_boot: int = N_BOOT,
+    max_records: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Scores every assessed label of a split by the likelihood of "yes" against "no", and writes the report.
+
+    Args:
+        model: run folder, export folder, checkpoint folder, hub id or builtin:NAME.
+        data: prepared folder.
+        out: folder for report.json, report.md and predictions.jsonl; appears whole or not at all.
+        split: train, val, test or all.
+        labels: codes to score; empty: all that the folder assessed.
+        question: wording; None: the one that the model was trained with, else the default.
+        page: page style; None: as trained, else the default.
+        batch_size: records a forward pass.
+        n_boot: bootstrap resamples over patients.
+        max_records: score the first N records of the split only.
+        overwrite: replace what `out` holds.
+        progress: who listens.
+    """
+    progress = progress or Progress()
+    prepared = Prepared.open(data)
+    if split not in SPLIT_NAMES:
+        raise EvlecgError(f"unknown split {split!r}", where="--split", hint=f"one of {', '.join(SPLIT_NAMES)}")
+    trained = trained_with(model)
+    question = question or trained.get("question") or DataConfig().question
+    page = page or PageConfig(**_page_keys(trained.get("page", {})))
+    names = chosen_labels(prepared, DataConfig(labels=labels, question=question))
+    indices = np.arange(len(prepared)) if split == "all" else prepared.indices(split)
+    samples = label_samples(prepared, indices[:max_records], names, question)
+    if not samples:
+        raise EvlecgError(f"the split {split!r} has no record with an assessed label", where=data,
+                          hint="--split all, or prepare more records")  # fmt: skip
+
+    checkpoint = models.inspect(model)
+    with new_folder(out, overwrite) as folder:
+        loaded = models.load(checkpoint, dtype=dtype)
+        predictions, packing = _predict(loaded, prepared, samples, page, batch_size, folder, progress, model)
+        report = _report(model, prepared, split, names, samples, predictions, n_boot, question, packing, loaded)
+        write_report(report, folder)
+    return report
+
+
+def _predict(
+    loaded: models.Loaded, prepared: Prepared, samples: list, page: PageConfig, batch_size: int, folder: Path,
+    progress: Progress, name: str,
+) -> tuple[list, str]:  # fmt: skip
+    """Every prediction, streamed to predictions.jsonl as it comes."""
+    import torch
+
+    from evlecg.models.score import Scorer
+
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    size = page.student_size
+    scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
+    scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))
+    predictions = []
+    with (
+        (folder / "predictions.jsonl").open("w", encoding="utf-8") as stream,
+        progress.task(f"score {name}", len(samples)) as advance,
+    ):
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            for prediction in scorer.score(batch):
+                predictions.append(prediction)
+                stream.write(json.dumps(dataclasses.asdict(prediction)) + "\n")
+            advance(len(batch))
+    note = "in one row a page" if scorer.packed else f"one row a question ({scorer.packing_note})"
+    return predictions, note
+
+
+def _report(
+    model: str, prepared: Prepared, split: str, names: tuple[str, ...], samples: list, predictions: list, n_boot: int,
+    question: str, packing: str, loaded: models.Loaded,
+) -> Report:  # fmt: skip
+    rows = {sample.record_id: row for row, sample in enumerate(samples)}
+    columns = {label: column for column, label in enumerate(names)}
+    score_NK = np.full((len(rows), len(names)), np.nan)
+    truth_NK = np.full((len(rows), len(names)), np.nan)
+    for prediction in predictions:
+        place = rows[prediction.record_id], columns[prediction.label]
+        score_NK[place], truth_NK[place] = prediction.score, prediction.truth
+    patients = [prepared.patient_ids[sample.record_index] for sample in samples]
+    return Report(
+        model=model,
+        dataset=str(prepared.manifest["dataset"]),
+        split=split,
+        n_records=len(rows),
+        n_patients=len(set(patients)),
+        labels=names,
+        auc=bootstrap_auc(score_NK, truth_NK, patients, n_boot=n_boot, seed=0),
+        provenance={
+            "model": {
+                "family": loaded.checkpoint.model_type,
+                "parameters": loaded.n_parameters,
+                "weights_sha256": models.weights_hash(loaded.checkpoint),
+            },
+            "data_fingerprint": prepared.fingerprint,
+            "question": question,
+            "questions_read": packing,
+            "environment": environment(),
+        },
+    )
+
+
+def trained_with(model: str) -> dict[str, Any]:
+    """evlecg.json beside a model that evlecg trained: wording, labels, page; empty for any other checkpoint."""
+    source, _ = models.resolve(model)
+    path = Path(source) / "evlecg.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise EvlecgError("evlecg.json is not valid JSON", where=path) from error
+
+
+def _page_keys(page: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(PageConfig)}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in page.items() if key in known}

@@ -1,0 +1,352 @@
+"""What a student is trained on: outputs of student and teacher in, weighted terms out.
+
+    L = (1 - alpha) L_CE + alpha (lambda_m L_mhca + lambda_r L_rel + lambda_ot L_ot)      (METHOD; arXiv 2605.29977)
+
+An objective is a module, since aligner and projections train beside the student; they belong to it and never enter
+the student's files. A term of weight zero is not computed and creates no module. Call objectives through `forward`
+only, so that DDP may wrap one that has parameters; every parameter gets a gradient on every step.
+
+Shape legend: B batch rows, S student positions, T teacher positions, N teacher's and M student's visual tokens, D
+student width, E teacher width, C cells, A answer tokens in the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evlecg.errors import EvlecgError
+from evlecg.losses.alignment import (
+    CrossAligner,
+    alignment_loss,
+    anchor_logits,
+    cross_causal_mask,
+    position_bias,
+    predicting_positions,
+    strict_alignment_loss,
+    variance_share,
+    visible_mask,
+    visual_states,
+)
+from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
+from evlecg.losses.stable import full_precision
+from evlecg.losses.transport import Transport, page_cost, plan_diagnostics, token_lead, transport_loss
+from evlecg.recipe import ObjectiveConfig
+from evlecg.schema import Batch, LossTerms, Outputs, Side
+
+
+@full_precision
+def answer_cross_entropy(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
+    """Mean cross-entropy over answer tokens in float32; zero, still on the graph, where there are none."""
+    if len(targets_A) == 0:
+        return logits_AV.sum()
+    return F.cross_entropy(logits_AV, targets_A)
+
+
+def answer_targets(side: Side) -> Tensor:
+    """Token ids at the answer positions: int [A]."""
+    return side.inputs["input_ids"][side.answer_A2[:, 0], side.answer_A2[:, 1]]
+
+
+class CeObjective(nn.Module):
+    """Cross-entropy on the answer alone: the control that every comparison needs. It has no parameters.
+
+    Args:
+        config: unused; every objective is made alike.
+        student_width: unused.
+        teacher_width: unused.
+    """
+
+    def __init__(self, config: ObjectiveConfig, *, student_width: int, teacher_width: int | None) -> None:
+        super().__init__()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads beyond the student's answer logits: nothing."""
+        return frozenset()
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        *,
+        output_head: nn.Module,
+        ramp: float = 1.0,
+        diagnose: bool = False,
+    ) -> LossTerms:
+        """See `EvlObjective.forward`; reads `student` only."""
+        return _weighted(
+            {"ce": answer_cross_entropy(student.answer_logits_AV, answer_targets(student.side))}, {"ce": 1}
+        )
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The distillation terms of one pass, and the intermediate results that explain them."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    aligned_BSD: Tensor | None = None
+    anchor_logits_AV: Tensor | None = None
+    transport: Transport | None = None
+    cell_mask_BC: Tensor | None = None
+
+
+class EvlObjective(nn.Module):
+    """Cross-entropy, cross-attention alignment, optimal transport and geometric relations.
+
+    Args:
+        config: the recipe's objective.
+        student_width: width of the student's hidden states.
+        teacher_width: width of the teacher's hidden states; None is a mistake unless every term has weight zero.
+
+    Raises:
+        EvlecgError: a configuration that cannot work (heads that do not divide the width, `alpha` above 1, relations
+            to aligned states that nothing trains).
+    """
+
+    def __init__(self, config: ObjectiveConfig, *, student_width: int, teacher_width: int | None) -> None:
+        super().__init__()
+        if config.alpha > 1:
+            raise EvlecgError(f"alpha is a share, not {config.alpha}", where="objective.alpha", hint="0 to 1")
+        self.config = config
+        relations = config.strict or config.relation.distance > 0 or config.relation.cosine > 0
+        self.uses_alignment = config.alpha * config.lambda_m > 0
+        self.uses_relation = config.alpha * config.lambda_r > 0 and relations
+        self.uses_transport = config.alpha * config.lambda_ot > 0
+        self.relates_aligned = self.uses_relation and (config.strict or config.relation.source == "aligned")
+        if self.relates_aligned and not self.uses_alignment and not config.strict:
+            raise EvlecgError(
+                "relations to aligned states need the alignment term: nothing else trains the aligner",
+                where="objective.relation.source",
+                hint="set objective.lambda_m above 0, or objective.relation.source to teacher",
+            )
+        if self.needs and teacher_width is None:
+            raise ValueError("this objective reads a teacher: teacher_width is missing")
+        self.aligner: CrossAligner | None = None
+        self.projection: nn.Linear | None = None
+        if teacher_width is not None and (self.uses_alignment or self.relates_aligned):
+            if student_width % config.align.heads:
+                raise EvlecgError(
+                    f"{config.align.heads} attention heads do not divide the student's width of {student_width}",
+                    where="objective.align.heads",
+                    hint=f"for example {math.gcd(student_width, config.align.heads)}",
+                )
+            self.aligner = CrossAligner(
+                student_width, teacher_width, heads=config.align.heads, normalise=not config.strict
+            )
+        if teacher_width is not None and self.uses_transport:
+            self.projection = nn.Linear(teacher_width, student_width, bias=False)
+            # orthogonal: distances among teacher tokens survive, and so does their size per element
+            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(student_width / teacher_width)))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads: `teacher`, and of both models `hidden`, `visual` (a layer) or `projected` tokens."""
+        found = set()
+        if self.aligner_used:
+            found.add("hidden")
+        if self.uses_transport:
+            found.add(_FEATURES[self.config.transport.features])
+        if self.uses_relation and not self.config.strict:
+            found.add(_FEATURES[self.config.relation.features])
+        return frozenset(found | {"teacher"}) if found else frozenset()
+
+    @property
+    def aligner_used(self) -> bool:
+        return self.uses_alignment or self.relates_aligned
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        *,
+        output_head: nn.Module,
+        ramp: float = 1.0,
+        diagnose: bool = False,
+    ) -> LossTerms:
+        """One step's loss.
+
+        Args:
+            student: on the graph.
+            teacher: without gradient, the same records in the same order.
+            batch: names the lead x time cells; its halves are those of the outputs.
+            output_head: the student's; read frozen, by the anchor.
+            ramp: share of the distillation weights in force. The anchor is exempt: it moves the aligner only, which
+                had better be right by the time the student is pulled toward it.
+            diagnose: fill `diagnostics`. Costs a second pass of the terms with the teacher's batch rolled by one,
+                and waits for the device.
+        """
+        config = self.config
+        values = {"ce": answer_cross_entropy(student.answer_logits_AV, answer_targets(student.side))}
+        weights = {
+            "ce": 1 - config.alpha,
+            "mhca": config.alpha * ramp * config.lambda_m,
+            "anchor": config.alpha * config.lambda_m * config.align.anchor,
+            "rel": config.alpha * ramp * config.lambda_r,
+            "ot": config.alpha * ramp * config.lambda_ot,
+        }
+        if not self.needs:
+            return _weighted(values, weights)
+        if teacher is None:
+            raise ValueError("this objective reads a teacher, and was given none")
+        terms = self._terms(student, teacher, batch, output_head)
+        diagnostics = self._diagnose(terms, student, teacher, batch, output_head) if diagnose else {}
+        return _weighted({**values, **terms.values}, weights, diagnostics)
+
+    def _terms(self, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module) -> _Terms:
+        """Every distillation term, before weighting."""
+        terms = _Terms()
+        if self.aligner is not None:
+            terms = self._alignment(self.aligner, student, teacher, output_head)
+        if self.projection is not None:
+            transport = self._transport(self.projection, student, teacher, batch)
+            terms = replace(terms, values={**terms.values, "ot": transport.loss}, transport=transport)
+        if self.uses_relation:
+            loss, cell_mask_BC = self._relation(student, teacher, terms.aligned_BSD)
+            terms = replace(terms, values={**terms.values, "rel": loss}, cell_mask_BC=cell_mask_BC)
+        return terms
+
+    def _alignment(self, aligner: CrossAligner, student: Outputs, teacher: Outputs, output_head: nn.Module) -> _Terms:
+        config = self.config.align
+        if self.config.strict:
+            aligned_BSD = aligner(student.hidden_BSD, teacher.hidden_BSD, visible_mask(student.side, teacher.side))
+            if not self.uses_alignment:
+                return _Terms(aligned_BSD=aligned_BSD)
+            loss = strict_alignment_loss(student.hidden_BSD, aligned_BSD, student.side.valid_BS)
+            return _Terms({"mhca": loss}, aligned_BSD)
+        visible_BST = (cross_causal_mask if config.causal else visible_mask)(student.side, teacher.side)
+        bias_BST = None
+        if config.position_bias > 0:
+            bias_BST = position_bias(student.side, teacher.side, weight=config.position_bias)
+        query_BSD = student.hidden_BSD.detach() if config.detach_query else student.hidden_BSD
+        aligned_BSD = aligner(query_BSD, teacher.hidden_BSD, visible_BST, bias_BST)
+        predicting_BS = predicting_positions(student.side)
+        anchored_BS = predicting_BS if config.anchor > 0 else torch.zeros_like(predicting_BS)
+        mask_BS = visible_BST.any(2) & self._scope(student.side, predicting_BS)
+        loss = alignment_loss(student.hidden_BSD, aligned_BSD, mask_BS, anchored_BS, normalise=config.normalise)
+        if config.anchor == 0:
+            return _Terms({"mhca": loss}, aligned_BSD)
+        logits_AV = anchor_logits(aligned_BSD, student.side, output_head)
+        anchor = answer_cross_entropy(logits_AV, answer_targets(student.side))
+        return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits_AV)
+
+    def _scope(self, side: Side, predicting_BS: Tensor) -> Tensor:
+        """Student positions that the alignment term is taken over."""
+        return {"all": side.valid_BS, "visual": side.visual_BS, "answer": predicting_BS}[self.config.align.scope]
+
+    def _transport(self, projection: nn.Linear, student: Outputs, teacher: Outputs, batch: Batch) -> Transport:
+        config = self.config.transport
+        extra_cost_BNM = None
+        if not self.config.strict and (config.position > 0 or config.lead > 0):
+            extra_cost_BNM = page_cost(
+                teacher.side.visual_box_BN4,
+                student.side.visual_box_BN4,
+                _leads(teacher.side, batch),
+                _leads(student.side, batch),
+                position=config.position,
+                lead=config.lead,
+            )
+        return transport_loss(
+            _project(_tokens(teacher, config.features), projection.weight),
+            _tokens(student, config.features),
+            teacher.side.visual_mask_BN,
+            student.side.visual_mask_BN,
+            epsilon=config.epsilon,
+            steps=config.steps,
+            strict=self.config.strict,
+            normalise=config.normalise,
+            extra_cost_BNM=extra_cost_BNM,
+        )
+
+    def _relation(self, student: Outputs, teacher: Outputs, aligned_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The relation term, and which cells both sides have (None in the published form, which pools nothing)."""
+        config = self.config.relation
+        if self.config.strict:
+            assert aligned_BSD is not None
+            return relation_loss(student.hidden_BSD, aligned_BSD, student.side.valid_BS), None
+        pooled_BCD, mask_BC = self._pooled(_tokens(student, config.features), student.side)
+        if self.relates_aligned:
+            assert aligned_BSD is not None
+            # a fixed target: the aligner is trained by its own term
+            target_BCE, target_mask_BC = self._pooled(visual_states(aligned_BSD.detach(), student.side), student.side)
+        else:
+            target_BCE, target_mask_BC = self._pooled(_tokens(teacher, config.features), teacher.side)
+        mask_BC = mask_BC & target_mask_BC
+        loss = relation_loss(pooled_BCD, target_BCE, mask_BC, distance=config.distance, cosine=config.cosine)
+        return loss, mask_BC
+
+    def _pooled(self, tokens_BND: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+        config = self.config.relation
+        boxes = page_grid(config.grid, like=side.visual_box_BN4) if config.cells == "page" else side.cell_box_BC4
+        return pool_to_cells(tokens_BND, side.visual_box_BN4, side.visual_mask_BN, boxes)
+
+    @torch.no_grad()
+    def _diagnose(
+        self, terms: _Terms, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module
+    ) -> dict[str, float]:
+        """Numbers that tell a working term from a hollow one; what is undefined is absent.
+
+        `TERM_rolled_gap` is how much worse a term gets when every student meets its neighbour's teacher: near zero,
+        the term does not depend on the record, whatever its value.
+        """
+        found: dict[str, float | None] = {}
+        if terms.aligned_BSD is not None:
+            side = student.side
+            mask_BS = side.valid_BS if self.config.strict else self._scope(side, predicting_positions(side))
+            found["mhca_variance_share"] = variance_share(terms.aligned_BSD, mask_BS)
+            found["student_variance_share"] = variance_share(student.hidden_BSD, mask_BS)
+        if terms.anchor_logits_AV is not None and len(terms.anchor_logits_AV):
+            right_A = terms.anchor_logits_AV.argmax(-1) == answer_targets(student.side)
+            found["anchor_accuracy"] = float(right_A.float().mean())
+        if terms.transport is not None:
+            sides = (teacher.side, student.side)
+            masks, leads = [side.visual_mask_BN for side in sides], [_leads(side, batch) for side in sides]
+            found.update(plan_diagnostics(terms.transport.plan_BNM, *masks, *leads))
+        if terms.cell_mask_BC is not None:
+            found["rel_cells"] = float(terms.cell_mask_BC.sum(1).float().mean())
+        if len(teacher.hidden_BSD) > 1:
+            rolled = self._terms(student, _rolled(teacher), batch, output_head)
+            for name, value in terms.values.items():
+                found[f"{name}_rolled_gap"] = float(rolled.values[name] - value)
+        return {name: value for name, value in found.items() if value is not None}
+
+
+METHODS: dict[str, type[EvlObjective] | type[CeObjective]] = {"evl": EvlObjective, "ce": CeObjective}
+
+_FEATURES = {"last": "visual", "projected": "projected"}  # recipe's word -> what a model must offer
+
+
+def _tokens(outputs: Outputs, features: str) -> Tensor:
+    return outputs.visual_BND if features == "last" else outputs.projected_BND
+
+
+@full_precision
+def _project(tokens_BNE: Tensor, weight_DE: Tensor) -> Tensor:
+    return F.linear(tokens_BNE, weight_DE)
+
+
+def _leads(side: Side, batch: Batch) -> Tensor:
+    return token_lead(side.visual_box_BN4, side.visual_mask_BN, side.cell_box_BC4, batch.cell_lead_C)
+
+
+def _rolled(teacher: Outputs) -> Outputs:
+    """The teacher's batch rolled by one, in everything that the terms read of a teacher (not `answer_A2`, `inputs`)."""
+    rows = ("valid_BS", "block_BS", "byte_end_BS", "visual_BS", "visual_box_BN4", "visual_mask_BN", "cell_box_BC4")
+    side = replace(teacher.side, **{name: getattr(teacher.side, name).roll(1, 0) for name in rows})
+    states = ("hidden_BSD", "visual_BND", "projected_BND")
+    return replace(teacher, side=side, **{name: getattr(teacher, name).roll(1, 0) for name in states})
+
+
+def _weighted(
+    values: dict[str, Tensor], weights: dict[str, float], diagnostics: dict[str, float] | None = None
+) -> LossTerms:
+    """Terms with their total; weights of terms that were not computed are dropped."""
+    weights = {name: float(weights[name]) for name in values}
+    total = torch.stack([values[name] * weights[name] for name in values]).sum()
+    return LossTerms(total, values, weights, diagnostics or {})

@@ -1,0 +1,174 @@
+"""What is mended, what is refused, and that nothing else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from evlecg.data.gates import Mended, Unfit, mend
+from evlecg.data.readers_base import Source
+from evlecg.data.readers_wfdb import read_header, read_signal
+from evlecg.schema import LEADS
+
+FS_HZ = 500.0
+
+
+def ecg(duration_s: float = 10.0) -> np.ndarray:
+    """float32 [12, T]: 12 different leads of about 1 mV, limb leads consistent."""
+    rng = np.random.default_rng(0)
+    signal_mV = rng.normal(0, 0.3, (12, int(duration_s * FS_HZ))).astype(np.float32)
+    first, second = signal_mV[0].copy(), signal_mV[1].copy()
+    signal_mV[2:6] = second - first, -(first + second) / 2, first - second / 2, second - first / 2
+    return signal_mV
+
+
+def gate(signal: np.ndarray, leads: Sequence[str] = LEADS, unit: str = "mV", fs_hz: float = FS_HZ) -> Mended:
+    return mend(signal, leads, [unit] * len(leads), fs_hz)
+
+
+def test_sound_signal_is_left_as_it_is() -> None:
+    signal_mV = ecg()
+    before = signal_mV.copy()
+    mended = gate(signal_mV)
+    assert mended.repairs == ()
+    assert mended.signal_mV.dtype == np.float32
+    assert_array_equal(mended.signal_mV, before)
+    assert_array_equal(signal_mV, before)
+
+
+def test_leads_in_any_order_and_case_and_others_dropped() -> None:
+    signal_mV = ecg()
+    order = np.random.default_rng(1).permutation(12)
+    leads = [*(LEADS[i].upper() if i % 2 else LEADS[i].lower() for i in order), "vx", "ECG II"]
+    shuffled = np.concatenate([signal_mV[order], 100 + signal_mV[:2]])  # nothing of the extra channels matters
+    assert_array_equal(gate(shuffled, leads).signal_mV, signal_mV)
+
+
+@pytest.mark.parametrize(("unit", "per_mV"), [("mV", 1), ("mv", 1), ("", 1), ("uV", 1e3), ("µV", 1e3), ("V", 1e-3)])
+def test_units(unit: str, per_mV: float) -> None:
+    assert_allclose(gate(ecg() * per_mV, unit=unit).signal_mV, ecg(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["III aVR aVL aVF", "I aVF", "II", "III", "aVL", "II aVR aVL aVF"])
+def test_limb_leads_are_derived(missing: str) -> None:
+    kept = [index for index, lead in enumerate(LEADS) if lead not in missing.split()]
+    mended = gate(ecg()[kept], [LEADS[index] for index in kept])
+    assert_allclose(mended.signal_mV, ecg(), atol=1e-6)
+    assert mended.repairs == (f"derived {', '.join(missing.split())} from the other limb leads",)
+
+
+@pytest.mark.parametrize("missing", ["V3", "I II", "II III aVF", "V1 aVL"])
+def test_leads_that_cannot_be_derived(missing: str) -> None:
+    kept = [index for index, lead in enumerate(LEADS) if lead not in missing.split()]
+    with pytest.raises(Unfit, match=f"missing leads: {', '.join(missing.split())}"):
+        gate(ecg()[kept], [LEADS[index] for index in kept])
+
+
+@pytest.mark.parametrize("start", [0, 1000, 5000 - 25])
+def test_short_gaps_are_bridged(start: int) -> None:
+    signal_mV = ecg()
+    signal_mV[7] = np.linspace(-1, 1, 5000)
+    expected = signal_mV.copy()
+    signal_mV[7, start : start + 25] = np.nan  # 50 ms
+    mended = gate(signal_mV)
+    inside = slice(start, start + 25)
+    if start == 1000:
+        assert_allclose(mended.signal_mV, expected, atol=1e-6)
+    else:  # at an edge the nearest value is held
+        assert np.ptp(mended.signal_mV[7, inside]) == 0
+    assert mended.repairs == ("bridged gaps of at most 50 ms in V2",)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_long_gaps_are_refused(value: float) -> None:
+    signal_mV = ecg()
+    signal_mV[7, 1000:1026] = value
+    with pytest.raises(Unfit, match=r"gap: lead V2 has no numbers for 0\.052 s"):
+        gate(signal_mV)
+    signal_mV[7] = value
+    with pytest.raises(Unfit, match="gap: lead V2"):
+        gate(signal_mV)
+
+
+def broken(kind: str) -> np.ndarray:
+    signal_mV = ecg()
+    if kind == "zero":
+        signal_mV[6] = 0
+    elif kind == "noise":
+        signal_mV[6] *= 0.01
+    elif kind == "half":
+        signal_mV[6, 1000:3600] = 0.1
+    elif kind == "absurd":
+        signal_mV[6, 2000] = 21
+    elif kind == "saturated":
+        signal_mV[6, 2000:2110] = 9
+    elif kind == "offset":
+        signal_mV[6] += 33
+        signal_mV[6, 0] = 27  # a range large enough to be looked at
+    return signal_mV
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("zero", "flat leads: V1"),
+        ("noise", "flat leads: V1"),
+        ("half", r"flat leads: V1 holds one value for 5\.2 s"),
+        ("absurd", "absurd amplitude: lead V1 reaches 21"),
+        ("saturated", r"saturated: lead V1 stays at 9\.00 mV for 0\.22 s"),
+        ("offset", "absurd amplitude: lead V1 lies beyond"),
+    ],
+)
+def test_bad_leads_are_refused(kind: str, reason: str) -> None:
+    with pytest.raises(Unfit, match=reason):
+        gate(broken(kind))
+
+
+def test_large_but_readable_artefacts_are_kept() -> None:
+    signal_mV = ecg()
+    signal_mV[6, 2000:2050] = 15  # 0.1 s
+    signal_mV[7, 1000:2000] = 0.2  # one value for a fifth of the record
+    assert gate(signal_mV).repairs == ()
+
+
+@pytest.mark.parametrize(
+    ("signal", "leads", "fs_hz", "reason"),
+    [
+        (ecg()[:, :0], LEADS, 500.0, "empty"),
+        (ecg()[:, :2499], LEADS, 500.0, "too short"),
+        (ecg(), LEADS[:11], 500.0, "wrong shape"),
+        (ecg()[0], LEADS, 500.0, "wrong shape"),
+        (ecg(), LEADS, 0.5, "implausible sampling rate"),
+        (ecg(), LEADS, float("nan"), "implausible sampling rate"),
+        (ecg(), (*LEADS[:11], "V5"), 500.0, "ambiguous leads: V5"),
+    ],
+)
+def test_bad_shapes_are_refused(signal: np.ndarray, leads: Sequence[str], fs_hz: float, reason: str) -> None:
+    with pytest.raises(Unfit, match=reason):
+        gate(signal, leads, fs_hz=fs_hz)
+
+
+def test_unknown_unit_is_refused() -> None:
+    with pytest.raises(Unfit, match="unknown unit: lead I"):
+        gate(ecg(), unit="mmHg")
+
+
+def test_noisy_real_records(shared_data: Path) -> None:
+    """CODE-15: 114 of 120 are kept; the rest are too short, dead in one lead, or off the page."""
+    source = Source(shared_data / "code15_wfdb")
+    refused = {}
+    for path in source.find(".hea"):
+        header = read_header(source, path)
+        raw = read_signal(source, header)
+        try:
+            mended = mend(raw.values, raw.leads, raw.units, header.fs_hz)
+        except Unfit as reason:
+            refused[path.removesuffix(".hea")] = str(reason).partition(":")[0]
+        else:
+            assert np.isfinite(mended.signal_mV).all()
+    amplitude = dict.fromkeys(("919999", "919779", "919671", "1111117"), "absurd amplitude")
+    assert refused == {"919842": "too short", "91974": "flat leads", **amplitude}

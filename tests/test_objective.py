@@ -1,0 +1,441 @@
+"""The whole objective: totals and gradients, published form, what is built, and collapse seen by the controls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from evlecg.errors import EvlecgError
+from evlecg.losses.objective import METHODS, CeObjective, EvlObjective, answer_cross_entropy, answer_targets
+from evlecg.losses.relation import page_grid
+from evlecg.recipe import AlignmentConfig, ObjectiveConfig, RelationConfig, TransportConfig
+from evlecg.schema import Batch, Outputs, Side
+from tests.test_alignment import make_side, seeded
+
+STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 8, 12, 11
+ALL = ObjectiveConfig(lambda_m=0.7, lambda_r=2.0, lambda_ot=0.3)
+
+
+def make_outputs(side: Side, width: int, *, seed: int, dtype: torch.dtype = torch.float64) -> Outputs:
+    """Random outputs whose every tensor is a leaf of the graph."""
+    batch, positions = side.valid_BS.shape
+    count = side.visual_box_BN4.shape[1]
+
+    def leaf(*shape: int, offset: int) -> Tensor:
+        return seeded(*shape, seed=seed + offset).to(dtype).requires_grad_()
+
+    return Outputs(
+        hidden_BSD=leaf(batch, positions, width, offset=0),
+        visual_BND=leaf(batch, count, width, offset=1),
+        projected_BND=leaf(batch, count, width, offset=2),
+        answer_logits_AV=leaf(len(side.answer_A2), VOCABULARY, offset=3),
+        side=side,
+    )
+
+
+def frozen(outputs: Outputs) -> Outputs:
+    names = ("hidden_BSD", "visual_BND", "projected_BND", "answer_logits_AV")
+    return replace(outputs, **{name: getattr(outputs, name).detach() for name in names})
+
+
+def make_batch(rows: int = 3) -> Batch:
+    """Student: 4 visual tokens and one answer of two tokens; teacher: 9 visual tokens and other bytes a token."""
+    cells = page_grid(2, like=torch.zeros(1, dtype=torch.float64)).expand(rows, -1, -1)
+    grid = [page_grid(side, like=cells).expand(rows, -1, -1) for side in (2, 3)]
+    student = make_side(
+        [[0] * 5 + [1, 1, 1, -1]] * rows,
+        [[0] * 6 + [1, 3, 0]] * rows,
+        [[0, 1, 1, 1, 1, 0, 0, 0, 0]] * rows,
+        grid[0],
+        answers=[(row, position) for row in range(rows) for position in (6, 7)],
+        cells=cells,
+    )
+    teacher = make_side(
+        [[0] * 10 + [1, 1, 1, 1]] * rows,
+        [[0] * 11 + [1, 2, 3]] * rows,
+        [[1] * 9 + [0] * 5] * rows,
+        grid[1],
+        answers=[(row, position) for row in range(rows) for position in (11, 12, 13)],
+        cells=cells,
+    )
+    time = torch.tensor([[0.0, 2.5], [2.5, 5.0]] * 2)
+    return Batch(tuple(f"r{row}" for row in range(rows)), student, teacher, torch.tensor([0, 0, 1, 1]), time)
+
+
+def build(config: ObjectiveConfig, *, seed: int = 0) -> EvlObjective:
+    torch.manual_seed(seed)
+    return EvlObjective(config, student_width=STUDENT_WIDTH, teacher_width=TEACHER_WIDTH).double()
+
+
+def make_head() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(STUDENT_WIDTH, VOCABULARY, bias=False).double()
+
+
+def make_pair(batch: Batch, dtype: torch.dtype = torch.float64) -> tuple[Outputs, Outputs]:
+    assert batch.teacher is not None
+    student = make_outputs(batch.student, STUDENT_WIDTH, seed=10, dtype=dtype)
+    return student, frozen(make_outputs(batch.teacher, TEACHER_WIDTH, seed=20, dtype=dtype))
+
+
+def test_cross_entropy_against_plain_loops_and_empty() -> None:
+    logits, targets = seeded(3, 5), torch.tensor([4, 0, 2])
+    expected = [float(torch.logsumexp(row, 0) - row[t]) for row, t in zip(logits, targets, strict=True)]
+    assert float(answer_cross_entropy(logits, targets)) == pytest.approx(sum(expected) / 3)
+    assert answer_cross_entropy(logits.bfloat16(), targets).dtype == torch.float32
+    empty = answer_cross_entropy(torch.zeros(0, 5, requires_grad=True), targets[:0])
+    assert float(empty.detach()) == 0 and empty.requires_grad
+
+
+def test_ce_is_cross_entropy_alone_with_weight_one() -> None:
+    batch = make_batch()
+    student, _ = make_pair(batch)
+    objective = METHODS["ce"](ALL, student_width=STUDENT_WIDTH, teacher_width=None)
+    assert isinstance(objective, CeObjective) and objective.needs == frozenset()
+    assert not list(objective.parameters())
+    terms = objective(student, None, batch, output_head=make_head())
+    ids = batch.student.inputs["input_ids"]
+    targets = torch.stack([ids[row, position] for row, position in batch.student.answer_A2.tolist()])
+    assert_close(terms.total, F.cross_entropy(student.answer_logits_AV, targets))
+    assert terms.weights == {"ce": 1.0} and set(terms.values) == {"ce"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_total_is_the_weighted_sum_and_everything_moves(strict: bool) -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    objective, head = build(replace(ALL, strict=strict)), make_head()
+    terms = objective(student, teacher, batch, output_head=head, ramp=0.5)
+    weights = {"ce": 0.5, "mhca": 0.5 * 0.5 * 0.7, "rel": 0.5 * 0.5 * 2.0, "ot": 0.5 * 0.5 * 0.3}
+    if not strict:
+        weights["anchor"] = 0.5 * 0.7  # never ramped
+    assert terms.weights == pytest.approx(weights) and set(terms.values) == set(weights)
+    total = sum(float(value.detach()) * weights[name] for name, value in terms.values.items())
+    assert float(terms.total.detach()) == pytest.approx(total)
+    assert terms.diagnostics == {}
+    terms.total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())  # DDP needs them all
+    assert all(p.grad is None for p in head.parameters())
+    for tensor in (student.hidden_BSD, student.visual_BND, student.answer_logits_AV):
+        if strict or tensor is not student.hidden_BSD or objective.uses_alignment:
+            assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0
+
+
+def test_published_terms_against_a_naive_twin() -> None:
+    """Every term of the strict form from its equation, with the objective's own weights, one sample at a time."""
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    objective = build(replace(ALL, strict=True))
+    values = objective(student, teacher, batch, output_head=make_head()).values
+    assert objective.aligner is not None and objective.projection is not None and batch.teacher is not None
+    mhca, relation = [], []
+    for b in range(3):
+        h_s, h_t = student.hidden_BSD[b, :8], teacher.hidden_BSD[b]
+        heads = []
+        for part in torch.arange(STUDENT_WIDTH).chunk(objective.config.align.heads):
+            q, k, v = (
+                layer.weight[part]
+                for layer in (objective.aligner.query, objective.aligner.key, objective.aligner.value)
+            )
+            logits = (h_s @ q.T) @ (h_t @ k.T).T / len(part) ** 0.5
+            heads.append(logits.softmax(1) @ (h_t @ v.T))
+        h_hat = torch.cat(heads, 1) @ objective.aligner.out.weight.T
+        mhca.append((h_s - h_hat).square().sum() / 8)
+        error = torch.zeros((), dtype=torch.float64)
+        for kind in ("distance", "cosine"):
+            psi = []
+            for h in (h_hat, h_s):
+                if kind == "distance":
+                    d = torch.stack([torch.stack([(x - y).norm() for y in h]) for x in h])
+                    psi.append(d / (d.sum() / (8 * 7)))
+                else:
+                    psi.append(torch.stack([torch.stack([F.cosine_similarity(x, y, dim=0) for y in h]) for x in h]))
+            error = error + (psi[0] - psi[1]).square().sum() / 8**2 / 2
+        relation.append(error)
+    assert_close(values["mhca"], torch.stack(mhca).mean())
+    assert_close(values["rel"], torch.stack(relation).mean())
+    transport = objective._transport(objective.projection, student, teacher, batch)
+    projected = teacher.visual_BND @ objective.projection.weight.T
+    twin = sum(
+        transport.plan_BNM[b, i, j] * (projected[b, i] - student.visual_BND[b, j]).square().sum()
+        for b in range(3) for i in range(9) for j in range(4)
+    )  # fmt: skip
+    assert_close(values["ot"], torch.as_tensor(twin / 3))
+
+
+def test_default_alignment_moves_student_and_aligner_as_documented() -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    objective = build(ObjectiveConfig(lambda_m=1.0, lambda_r=0.0, lambda_ot=0.0, align=AlignmentConfig(scope="answer")))
+    values = objective(student, teacher, batch, output_head=make_head()).values
+    parameters = list(objective.parameters())
+    assert objective.aligner is not None and parameters
+    anchor = torch.autograd.grad(values["anchor"], [*parameters, student.hidden_BSD], allow_unused=True)
+    assert anchor[-1] is None and all(g is not None and g.abs().sum() > 0 for g in anchor[:-1])
+    # every position in scope is anchored: the distance moves the student only
+    pulled = torch.autograd.grad(values["mhca"], [*parameters, student.hidden_BSD], allow_unused=True)
+    assert all(g is None or g.abs().sum() == 0 for g in pulled[:-1])
+    assert pulled[-1] is not None
+    assert (pulled[-1][0].abs().sum(-1) > 0).int().tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("config", "needs", "modules"),
+    [
+        (ObjectiveConfig(lambda_r=0, lambda_ot=0), set(), set()),
+        (replace(ALL, alpha=0.0), set(), set()),
+        (ObjectiveConfig(lambda_r=1, lambda_ot=0), {"teacher", "visual"}, set()),
+        (ObjectiveConfig(lambda_r=1, lambda_ot=0, relation=RelationConfig(distance=0, cosine=0)), set(), set()),
+        (ObjectiveConfig(lambda_r=1, lambda_ot=0, strict=True), {"teacher", "hidden"}, {"aligner"}),
+        (ObjectiveConfig(lambda_r=0, lambda_ot=1), {"teacher", "visual"}, {"projection"}),
+        (ObjectiveConfig(lambda_r=0, lambda_ot=0, lambda_m=1), {"teacher", "hidden"}, {"aligner"}),
+        (ObjectiveConfig(lambda_r=0, lambda_ot=1, transport=TransportConfig(features="projected")),
+         {"teacher", "projected"}, {"projection"}),
+        (ALL, {"teacher", "hidden", "visual"}, {"aligner", "projection"}),
+    ],
+)  # fmt: skip
+def test_terms_of_weight_zero_need_and_build_nothing(
+    config: ObjectiveConfig, needs: set[str], modules: set[str]
+) -> None:
+    objective = build(config)
+    assert objective.needs == needs
+    assert {name for name, _ in objective.named_children()} == modules
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    terms = objective(student, teacher if needs else None, batch, output_head=make_head())
+    used = {"mhca": config.lambda_m, "rel": config.lambda_r, "ot": config.lambda_ot}
+    expected = {name for name, weight in used.items() if weight and needs}
+    assert set(terms.values) - {"anchor"} == {"ce"} | expected
+
+
+def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
+    idle = EvlObjective(ObjectiveConfig(alpha=0.0), student_width=8, teacher_width=None)
+    assert idle.needs == frozenset()
+    with pytest.raises(ValueError, match="teacher_width"):
+        EvlObjective(ALL, student_width=8, teacher_width=None)
+    batch = make_batch()
+    with pytest.raises(ValueError, match="given none"):
+        build(ALL)(make_pair(batch)[0], None, batch, output_head=make_head())
+
+
+@pytest.mark.parametrize(
+    ("config", "where"),
+    [
+        (replace(ALL, alpha=1.5), "objective.alpha"),
+        (replace(ALL, align=AlignmentConfig(heads=3)), "objective.align.heads"),
+        (ObjectiveConfig(lambda_m=0, relation=RelationConfig(source="aligned")), "objective.relation.source"),
+    ],
+)
+def test_impossible_configurations_say_where(config: ObjectiveConfig, where: str) -> None:
+    with pytest.raises(EvlecgError) as caught:
+        build(config)
+    assert caught.value.where == where and caught.value.hint
+
+
+def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
+    first, second, other = build(ALL).state_dict(), build(ALL).state_dict(), build(ALL, seed=1).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    for student_width, teacher_width in ((64, 16), (16, 64)):
+        torch.manual_seed(0)
+        config = ObjectiveConfig(lambda_r=0, lambda_ot=1)
+        objective = EvlObjective(config, student_width=student_width, teacher_width=teacher_width)
+        assert objective.projection is not None
+        projected = objective.projection(seeded(500, teacher_width, dtype=torch.float32))
+        assert float(projected.square().mean()) == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("cells", ["page", "lead_time"])
+@pytest.mark.parametrize("features", ["last", "projected"])
+def test_relation_is_zero_for_identical_features_and_reads_what_it_names(cells: str, features: str) -> None:
+    batch = make_batch()
+    config = ObjectiveConfig(lambda_ot=0, relation=RelationConfig(cells=cells, features=features, grid=2))
+    student, teacher = make_pair(batch)
+    # the teacher shows the student's 2x2 picture on a 3x3 grid: its corners, with blends between them
+    assert batch.teacher is not None
+    name = "visual_BND" if features == "last" else "projected_BND"
+    same = frozen(replace(student, side=batch.student))
+    objective = EvlObjective(config, student_width=STUDENT_WIDTH, teacher_width=STUDENT_WIDTH)
+    assert float(objective(student, same, batch, output_head=make_head()).values["rel"].detach()) == 0
+    value = objective(student, teacher, batch, output_head=make_head()).values["rel"]
+    assert float(value.detach()) > 1e-3
+    tensors = [student.hidden_BSD, student.visual_BND, student.projected_BND]
+    reached = torch.autograd.grad(value, tensors, allow_unused=True)
+    named = [student.hidden_BSD, student.visual_BND, student.projected_BND].index(getattr(student, name))
+    assert [gradient is not None for gradient in reached] == [index == named for index in range(3)]
+
+
+def test_relation_to_aligned_states_has_a_fixed_target() -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    objective = build(ObjectiveConfig(lambda_m=1, lambda_ot=0, relation=RelationConfig(source="aligned", grid=2)))
+    value = objective(student, teacher, batch, output_head=make_head()).values["rel"]
+    gradients = torch.autograd.grad(value, [*objective.parameters(), student.visual_BND], allow_unused=True)
+    assert all(gradient is None for gradient in gradients[:-1]) and gradients[-1] is not None
+
+
+def padded(side: Side, extra: int) -> Side:
+    def grow(rows: Tensor, value: int) -> Tensor:
+        return F.pad(rows, (0, extra), value=value)
+
+    return replace(
+        side,
+        inputs={"input_ids": grow(side.inputs["input_ids"], 0)},
+        valid_BS=grow(side.valid_BS, False),
+        block_BS=grow(side.block_BS, -1),
+        byte_end_BS=grow(side.byte_end_BS, 0),
+        visual_BS=grow(side.visual_BS, False),
+        visual_box_BN4=F.pad(side.visual_box_BN4, (0, 0, 0, extra)),
+        visual_mask_BN=grow(side.visual_mask_BN, False),
+    )
+
+
+def padded_outputs(outputs: Outputs, extra: int) -> Outputs:
+    states = {
+        name: F.pad(getattr(outputs, name), (0, 0, 0, extra), value=torch.nan)
+        for name in ("hidden_BSD", "visual_BND", "projected_BND")
+    }
+    return replace(outputs, side=padded(outputs.side, extra), **states)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_padding_changes_nothing_and_may_hold_nan(strict: bool) -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    objective, head = build(replace(ALL, strict=strict)), make_head()
+    plain = objective(student, teacher, batch, output_head=head, diagnose=True)
+    longer = objective(padded_outputs(student, 3), padded_outputs(teacher, 2), batch, output_head=head, diagnose=True)
+    for name, value in plain.values.items():
+        assert_close(longer.values[name], value)
+    assert longer.diagnostics == pytest.approx(plain.diagnostics)
+    longer.total.backward()
+    gradients = [p.grad for p in objective.parameters()] + [student.hidden_BSD.grad, student.visual_BND.grad]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_order_of_records_does_not_matter() -> None:
+    batch, order = make_batch(), torch.tensor([2, 0, 1])
+    student, teacher = make_pair(batch)
+    objective, head = build(ALL), make_head()
+    ids = batch.student.inputs["input_ids"]
+    side = replace(batch.student, inputs={"input_ids": ids[order]})
+    states = ("hidden_BSD", "visual_BND", "projected_BND")
+    answers = student.answer_logits_AV.unflatten(0, (3, 2))[order].flatten(0, 1)
+    shuffled = [replace(out, **{name: getattr(out, name)[order] for name in states}) for out in (student, teacher)]
+    expected = objective(student, teacher, batch, output_head=head).values
+    found = objective(replace(shuffled[0], side=side, answer_logits_AV=answers), shuffled[1], batch, output_head=head)
+    for name, value in expected.items():
+        assert_close(found.values[name], value)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_nothing_to_learn_from_is_zero_on_the_graph(strict: bool) -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+
+    def emptied(outputs: Outputs) -> Outputs:
+        side = outputs.side
+        side = replace(
+            side,
+            valid_BS=side.valid_BS & False,
+            answer_A2=side.answer_A2[:0],
+            visual_mask_BN=side.visual_mask_BN & False,
+        )
+        return replace(outputs, side=side, answer_logits_AV=outputs.answer_logits_AV[:0])
+
+    objective = build(replace(ALL, strict=strict))
+    terms = objective(emptied(student), emptied(teacher), batch, output_head=make_head(), diagnose=True)
+    assert float(terms.total.detach()) == 0
+    terms.total.backward()
+    gradients = [p.grad for p in objective.parameters()]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bfloat16_outputs_under_autocast_give_float32_terms() -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch, torch.bfloat16)
+    torch.manual_seed(0)
+    objective = EvlObjective(ALL, student_width=STUDENT_WIDTH, teacher_width=TEACHER_WIDTH)
+    head = make_head().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = objective(student, teacher, batch, output_head=head)
+    plain = objective(student, teacher, batch, output_head=head)
+    assert all(value.dtype == torch.float32 for value in terms.values.values())
+    for name, value in plain.values.items():
+        assert_close(terms.values[name], value)
+    terms.total.backward()
+    assert student.visual_BND.grad is not None and torch.isfinite(student.visual_BND.grad).all()
+
+
+def test_diagnostics_are_plain_floats_and_do_not_touch_the_loss() -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    objective, head = build(ALL), make_head()
+    quiet = objective(student, teacher, batch, output_head=head)
+    loud = objective(student, teacher, batch, output_head=head, diagnose=True)
+    assert_close(loud.total, quiet.total)
+    assert all(type(value) is float for value in loud.diagnostics.values())
+    assert set(loud.diagnostics) == {
+        "mhca_variance_share", "student_variance_share", "anchor_accuracy", "mhca_rolled_gap", "anchor_rolled_gap",
+        "ot_entropy", "ot_marginal_error", "ot_mass_in_lead", "ot_rolled_gap", "rel_cells", "rel_rolled_gap",
+    }  # fmt: skip
+    alone = make_batch(rows=1)
+    terms = objective(*make_pair(alone), alone, output_head=head, diagnose=True)
+    assert not [name for name in terms.diagnostics if "rolled" in name or "variance" in name]  # undefined: absent
+
+
+def test_a_collapsed_aligner_is_seen() -> None:
+    """An aligner that learnt to say one thing of every record against one that tells records apart.
+
+    The student repeats what the aligner says in both cases, so the loss itself is near zero for both: only the
+    controls tell them apart.
+    """
+    batch = make_batch(rows=4)
+    student, teacher = make_pair(batch)
+    # every record's teacher states share a component that the collapsed aligner reads, and hold one of their own
+    hidden = torch.cat([torch.ones(4, 14, 1), seeded(4, 1, TEACHER_WIDTH - 1, seed=5).expand(-1, 14, -1)], -1)
+    teacher = replace(teacher, hidden_BSD=hidden)
+    config = ObjectiveConfig(
+        lambda_m=1, lambda_r=0, lambda_ot=0, align=AlignmentConfig(position_bias=0, anchor=0, normalise=False)
+    )
+    found = {}
+    for kind, columns in (("collapsed", slice(0, 1)), ("alive", slice(1, None))):
+        objective = build(config)
+        assert objective.aligner is not None
+        objective.aligner.normalise = False
+        weight = torch.zeros(STUDENT_WIDTH, TEACHER_WIDTH, dtype=torch.float64)
+        weight[:, columns] = seeded(STUDENT_WIDTH, TEACHER_WIDTH, seed=6)[:, columns]
+        objective.aligner.value.weight.data = weight
+        visible = batch.student.valid_BS[:, :, None].expand(-1, -1, 14)
+        repeated = objective.aligner(student.hidden_BSD, teacher.hidden_BSD, visible).detach().requires_grad_()
+        terms = objective(replace(student, hidden_BSD=repeated), teacher, batch, output_head=make_head(), diagnose=True)
+        assert float(terms.values["mhca"].detach()) < 1e-9
+        found[kind] = terms.diagnostics
+    assert found["collapsed"]["mhca_rolled_gap"] == pytest.approx(0, abs=1e-9)
+    assert found["alive"]["mhca_rolled_gap"] > 0.1
+    assert found["collapsed"].get("mhca_variance_share", 0) < 1e-9
+    assert found["alive"]["mhca_variance_share"] > 0.5
+
+
+def test_rolled_gap_of_every_term_is_positive_once_the_student_copies_its_teacher() -> None:
+    batch = make_batch(rows=4)
+    student, _ = make_pair(batch)
+    teacher = frozen(replace(student, side=batch.student))
+    config = ObjectiveConfig(lambda_r=1, lambda_ot=1, relation=RelationConfig(grid=2))
+    torch.manual_seed(0)
+    objective = EvlObjective(config, student_width=STUDENT_WIDTH, teacher_width=STUDENT_WIDTH).double()
+    assert objective.projection is not None
+    objective.projection.weight.data = torch.eye(STUDENT_WIDTH, dtype=torch.float64)
+    terms = objective(student, teacher, batch, output_head=make_head(), diagnose=True)
+    assert terms.diagnostics["rel_rolled_gap"] > 0.05 and terms.diagnostics["ot_rolled_gap"] > 0.05
+    assert terms.diagnostics["rel_cells"] == 4
+
+
+def test_targets_are_the_ids_at_the_answer_positions() -> None:
+    side = make_batch(rows=1).student
+    assert answer_targets(side).tolist() == side.inputs["input_ids"][0, [6, 7]].tolist()

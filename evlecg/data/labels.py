@@ -345,12 +345,13 @@ def cinc_labels(
     Args:
         wanted: label codes.
         codes: its SNOMED codes; others (any text) count as findings without a label.
-        cohort: letter of its cohort.
+        cohort: letter of its cohort; "" where it is unknown, and every label counts as assessed, as in the challenge.
         normal: whether it is called normal outright.
     """
     present = {part for code in codes if code in SNOMED for part in (SNOMED[code].label, SNOMED[code].superclass)}
-    assessed = {part for row in SNOMED.values() if cohort in row.cohorts for part in (row.label, row.superclass)}
-    if cohort in SNOMED[SINUS_RHYTHM].cohorts:
+    rows = [row for row in SNOMED.values() if not cohort or cohort in row.cohorts]
+    assessed = {part for row in rows for part in (row.label, row.superclass)}
+    if SNOMED[SINUS_RHYTHM] in rows:
         assessed.add("NORM")
     if normal or (codes and all(code in SNOMED and SNOMED[code].label in SINUS for code in codes)):
         present.add("NORM")

@@ -248,14 +248,14 @@ class Prepared:
             if hashlib.sha256(text).hexdigest() != manifest["records_sha256"]:
                 raise EvlecgError("a prepared folder is damaged: records.jsonl was changed", where=path)
             rows = [json.loads(line) for line in text.splitlines()]
-            size = (path / "signals.bin").stat().st_size
+            size, said = (path / "signals.bin").stat().st_size, manifest["n_bytes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvlecgError(
                 "a prepared folder is damaged", where=path, hint=f"{type(error).__name__}; prepare it again"
             ) from error
-        if size != manifest["n_bytes"]:
+        if size != said:
             raise EvlecgError(
-                f"a prepared folder is damaged: signals.bin holds {size} bytes, not {manifest['n_bytes']}",
+                f"a prepared folder is damaged: signals.bin holds {size} bytes, not {said}",
                 where=path,
                 hint="prepare it again with --overwrite",
             )

@@ -33,7 +33,7 @@ from evlecg.losses.alignment import (
     visual_states,
 )
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
-from evlecg.losses.stable import full_precision
+from evlecg.losses.stable import full_precision, zero_where_masked
 from evlecg.losses.transport import Transport, page_cost, plan_diagnostics, token_lead, transport_loss
 from evlecg.recipe import ObjectiveConfig
 from evlecg.schema import Batch, LossTerms, Outputs, Side
@@ -253,7 +253,7 @@ class EvlObjective(nn.Module):
                 lead=config.lead,
             )
         return transport_loss(
-            _project(_tokens(teacher, config.features), projection.weight),
+            _project(_tokens(teacher, config.features), teacher.side.visual_mask_BN, projection.weight),
             _tokens(student, config.features),
             teacher.side.visual_mask_BN,
             student.side.visual_mask_BN,
@@ -327,8 +327,9 @@ def _tokens(outputs: Outputs, features: str) -> Tensor:
 
 
 @full_precision
-def _project(tokens_BNE: Tensor, weight_DE: Tensor) -> Tensor:
-    return F.linear(tokens_BNE, weight_DE)
+def _project(tokens_BNE: Tensor, mask_BN: Tensor, weight_DE: Tensor) -> Tensor:
+    """The teacher's tokens at the student's width. Masked first: NaN in padding would reach the weight's gradient."""
+    return F.linear(zero_where_masked(tokens_BNE, mask_BN), weight_DE)
 
 
 def _leads(side: Side, batch: Batch) -> Tensor:

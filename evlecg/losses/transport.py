@@ -10,7 +10,7 @@ in the log domain. After each block Newton steps on the dual of the smaller side
 regions (nearly block-diagonal kernels), 50 plain iterations at epsilon .05 leave marginal errors of 1e-3 and 200 leave
 2e-4 to 1e-3, over-relaxation and Newton with conjugate gradients 1e-4 to 1e-3; ten iterations and three or four
 dense Newton steps leave 1e-6 at the price of about 50 iterations. Samples are solved one after another on their valid
-tokens only: one kernel stays in cache (three to six times faster than batched products on two cores), and padding
+tokens only: one kernel stays in cache (about three times faster than batched products on two cores), and padding
 cannot change a number.
 
 Shape legend: B batch rows, N teacher tokens, M student tokens, D common width, C lead x time cells.

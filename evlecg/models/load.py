@@ -137,7 +137,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
 
     hint = "save the processor beside the model: processor.save_pretrained(FOLDER)"
     try:
-        with _quiet():
+        with quiet():
             processor = AutoProcessor.from_pretrained(checkpoint.source)
     except Exception as error:
         raise EvlecgError("the checkpoint has no usable processor", where=checkpoint.name, hint=hint) from error
@@ -151,21 +151,21 @@ def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Lo
 
     Args:
         checkpoint: from `inspect`.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto" for the one the weights are stored in.
         seed: of the random weights of an untrained built-in.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     processor = load_processor(checkpoint)  # before the weights: the cheap thing fails first
-    torch_dtype = getattr(torch, dtype)
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     if not checkpoint.trained:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch_dtype)
         return Loaded(checkpoint, model, processor)
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
                 checkpoint.source, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
             )
@@ -211,7 +211,7 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-class _quiet:
+class quiet:
     """transformers' own bars and advice stay off the user's screen while a model loads."""
 
     def __enter__(self) -> None:

@@ -1,0 +1,284 @@
+"""The command line: prepare, distill, eval, export. The only place that prints and exits.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 3 a quality gate not met. Heavy modules load inside the commands, so that
+`--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evlecg import __version__
+from evlecg.errors import EvlecgError
+from evlecg.progress import ConsoleProgress, Progress
+
+app = typer.Typer(
+    name="evlecg",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Distil a large ECG vision-language model into a small one (EVL-ECG, arXiv 2605.29977).\n\n"
+    "Try it: [bold]evlecg distill[/bold] trains, scores and exports a small student on synthetic ECGs in minutes.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout; everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and the result only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+
+
+class Split(str, Enum):
+    """Splits that can be scored."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+    all = "all"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"evlecg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Example: [bold]evlecg prepare --dataset ptbxl --source ~/ptb-xl/1.0.3 --out data/ptbxl[/bold]",
+)
+def prepare(
+    dataset: Annotated[str, typer.Option(help="Dataset name, or synthetic.")],
+    out: Annotated[Path, typer.Option(help="Prepared folder to write.")],
+    source: Annotated[Path | None, typer.Option(help="The download as published (not needed for synthetic).")] = None,
+    labels: Annotated[str | None, typer.Option(help="Label set, or several joined by +; default: the dataset's.")] = None,
+    fs: Annotated[int | None, typer.Option(help="Sampling rate in Hz, where several are published.")] = None,
+    train: Annotated[int, typer.Option(help="Synthetic training records.", min=1)] = 1000,
+    val: Annotated[int, typer.Option(help="Synthetic validation records.", min=1)] = 300,
+    test: Annotated[int, typer.Option(help="Synthetic test records.", min=1)] = 500,
+    seed: Annotated[int, typer.Option(help="Of synthetic records, and of splits a dataset does not bring.", min=0)] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if any record is rejected.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a dataset as published into a checked, patient-disjoint, memory-mapped folder."""
+    from evlecg.prepare import prepare as job
+
+    counts = {"train": train, "val": val, "test": test}
+    summary = job(
+        dataset, source=source, out=out, labels=labels, overwrite=overwrite, strict=strict, seed=seed, fs=fs,
+        counts=counts if dataset == "synthetic" else None, progress=_progress(quiet, verbose),
+    )  # fmt: skip
+    if as_json:
+        return _print_json(summary.to_dict())
+    splits = ", ".join(f"{name} {count}" for name, count in summary.splits.items())
+    typer.echo(f"{summary.out}: {summary.n_kept} records of {summary.n_patients} patients ({splits})")
+    typer.echo(
+        f"  read {summary.n_read}, repaired {summary.n_repaired}, rejected {summary.n_rejected}, "
+        f"dropped {summary.n_dropped}"
+    )
+    for reason, count in summary.reasons.items():
+        typer.echo(f"  {count} x {reason}")
+    typer.echo("  positives: " + ", ".join(f"{label} {count}" for label, count in summary.positives.items()))
+
+
+@app.command(
+    epilog="Examples: [bold]evlecg distill[/bold] (the quickstart) · "
+    "[bold]evlecg distill --teacher X --student Y --data data/ptbxl --out runs/mine[/bold] · "
+    "[bold]evlecg distill --teacher none --student Y --set train.lr=1e-4[/bold] (plain fine-tuning)",
+)
+def distill(
+    teacher: Annotated[str | None, typer.Option(help="Teacher: path, hub id, builtin:NAME, or none.")] = None,
+    student: Annotated[str | None, typer.Option(help="Student: path, hub id or builtin:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prepared folder or dataset name [default: newest in ./data].")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file [default: quickstart if no model is "
+                                                    "named].")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/TIME-NAME].")] = None,
+    method: Annotated[str | None, typer.Option(help="evl or ce (SFT-only).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training records.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records a step on each process.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a student on a teacher; score it, its control and the teacher; export it."""
+    from evlecg.recipe import load_recipe, parse_set
+
+    overrides: dict[str, Any] = {
+        "teacher": teacher, "student": student, "data.dir": data, "method": method, "seed": seed,
+        "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
+    }  # fmt: skip
+    if resume and out is None:
+        raise EvlecgError("--resume needs the run to go on with", where="--out", hint="--out RUN")
+    if recipe is None and resume:
+        recipe = str(out / "recipe.yaml") if out and (out / "recipe.yaml").is_file() else None
+    elif recipe is None and teacher is None and student is None:
+        recipe = "quickstart"
+    resolved = load_recipe(recipe, overrides | parse_set(set_ or []))
+    if out is None:
+        out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{resolved.name}"
+
+    from evlecg.pipeline import run_line  # torch loads here: bad recipes have failed by now
+
+    result = run_line(resolved, out=out, resume=resume, overwrite=overwrite, progress=_progress(quiet, verbose))
+    if as_json:
+        return _print_json(result.to_dict())
+    if result.reports:
+        _print_comparison(result.reports)
+    if result.gain is not None and result.gain.value is not None:
+        low, high = result.gain.ci95 or (float("nan"), float("nan"))
+        typer.echo(
+            f"distilled minus SFT-only: {result.gain.value:+.3f} macro AUC (95% interval {low:+.3f} to {high:+.3f}, "
+            f"p {result.gain.p:.3f}; same records, one seed)"
+        )
+    typer.echo(f"run: {out} ({result.run.steps} steps, {result.run.seconds:.0f} s)")
+    if result.exported is not None:
+        typer.echo(f"student: {result.exported.weights}")
+
+
+@app.command(
+    name="eval",
+    epilog="Examples: [bold]evlecg eval --dataset ptbxl[/bold] (newest run) · "
+    "[bold]evlecg eval --model owner/name --dataset data/ludb --split all --out reports/ludb[/bold]",
+)
+def eval_(
+    dataset: Annotated[str, typer.Option(help="Dataset name (./data/NAME or $EVLECG_DATA/NAME) or prepared folder.")],
+    model: Annotated[str, typer.Option(help="Run, export, checkpoint, hub id or builtin:NAME.")] = "runs/latest",
+    split: Annotated[Split, typer.Option(help="What to score.")] = Split.test,
+    out: Annotated[Path | None, typer.Option(help="Report folder [default: reports/TIME-DATASET-SPLIT].")] = None,
+    labels: Annotated[str | None, typer.Option(help="Label codes to score, comma-separated [default: all].")] = None,
+    batch_size: Annotated[int, typer.Option(help="Records a forward pass.", min=1)] = 16,
+    max_records: Annotated[int | None, typer.Option(help="Score the first N records only.", min=1)] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score a model by the likelihood of its answers: AUC per label with intervals over patients."""
+    if model == "runs/latest" and not Path(model).exists():
+        raise EvlecgError("there is no run to score yet", where=model, hint="evlecg distill, or --model MODEL")
+    from evlecg.evaluate import evaluate
+    from evlecg.pipeline import named_data
+
+    progress = _progress(quiet, verbose)
+    data = named_data(dataset, progress=progress)
+    if out is None:
+        out = Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(dataset).name}-{split.value}"
+    report = evaluate(
+        model, data=data, out=out, split=split.value, labels=tuple(labels.split(",")) if labels else (),
+        batch_size=batch_size, max_records=max_records, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+    if as_json:
+        return _print_json(report.to_dict())
+    _print_comparison([(model, report)])
+    typer.echo(f"report: {out / 'report.md'}")
+
+
+@app.command(epilog="Example: [bold]evlecg export runs/latest --out student[/bold]")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the student alone, reload it with plain transformers and compare logits."""
+    from evlecg.export import export as job
+
+    result = job(run, out=out, format=format, overwrite=overwrite, progress=_progress(quiet, verbose))
+    if as_json:
+        return _print_json(result.to_dict())
+    typer.echo(f"student: {result.weights} ({result.n_parameters:,} parameters, {result.n_bytes:,} bytes)")
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        code = app(standalone_mode=False)
+    except EvlecgError as error:
+        _fail(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        code = 130
+    except typer.Abort:
+        code = 1
+    except Exception as error:
+        code = _usage(error)
+        if code is None:
+            raise
+    sys.exit(code or 0)
+
+
+def _usage(error: Exception) -> int | None:
+    """Exit code of a mistyped command line, None for any other error."""
+    show = getattr(error, "show", None)
+    if show is None or not hasattr(error, "exit_code"):
+        return None
+    show()
+    return int(getattr(error, "exit_code"))  # noqa: B009
+
+
+def _fail(error: EvlecgError) -> None:
+    typer.echo(f"error: {error}", err=True)
+    if "--json" in sys.argv:
+        _print_json({"error": {"what": error.what, "where": error.where, "hint": error.hint}})
+
+
+def _progress(quiet: bool, verbose: bool) -> Progress:
+    if int(os.environ.get("RANK", "0")) > 0:  # under accelerate launch one process speaks
+        return Progress()
+    return ConsoleProgress(-1 if quiet else int(verbose))
+
+
+def _print_json(tree: dict[str, Any]) -> None:
+    typer.echo(json.dumps(tree, indent=2, ensure_ascii=False))
+
+
+def _print_comparison(reports: list[tuple[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from evlecg.report import comparison_table
+
+    first = reports[0][1]
+    columns, rows = comparison_table(reports)
+    title = f"{first.dataset}, {first.split}: {first.n_records} records, {first.n_patients} patients"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

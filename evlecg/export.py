@@ -1,0 +1,149 @@
+"""The student alone: safetensors, config, processor and model card, proven to reload with the same logits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evlecg import __version__
+from evlecg.errors import EvlecgError, RunFailed
+from evlecg.files import new_folder, sha256_file, write_text_atomic
+from evlecg.models import load as models
+from evlecg.page.render import page_style, render
+from evlecg.progress import Progress
+from evlecg.recipe import PageConfig, nearest
+from evlecg.report import UNDEFINED
+
+FORMATS = ("safetensors",)
+LOGIT_TOLERANCE = 1e-5  # the same weights in the same dtype: anything above this is a defect, not rounding
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was exported: the folder, its weights, and how far the reloaded logits were from the run's."""
+
+    out: Path
+    weights: Path
+    n_parameters: int
+    n_bytes: int
+    max_logit_difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out), "weights": str(self.weights)}
+
+
+def export(
+    run: Path, *, out: Path, format: str = "safetensors", overwrite: bool = False, progress: Progress | None = None
+) -> ExportResult:
+    """Writes a run's student as a checkpoint that plain transformers loads.
+
+    The new folder is reloaded through `AutoModelForImageTextToText` and `AutoProcessor`, and its logits on a drawn page
+    are compared with the run's before it takes its final name.
+
+    Raises:
+        EvlecgError: not a run, an unknown format, or an output folder that is in the way.
+        RunFailed: the reloaded logits differ.
+    """
+    progress = progress or Progress()
+    if format not in FORMATS:
+        raise EvlecgError(f"unknown format {format!r}", where="--format", hint=nearest(format, FORMATS))
+    if not (run / "student" / "config.json").is_file():
+        hint = "evlecg distill leaves one; an unfinished run can be continued with --resume"
+        raise EvlecgError("the folder holds no finished run", where=run, hint=hint)
+    checkpoint = models.inspect(str(run))
+    original = models.load(checkpoint, dtype="auto")
+    with new_folder(out, overwrite) as folder:
+        progress.info(f"exporting {run} ({original.n_parameters:,} parameters)")
+        original.model.save_pretrained(folder, max_shard_size="5GB")
+        original.processor.save_pretrained(folder)
+        trained_with = Path(checkpoint.source) / "evlecg.json"
+        if trained_with.is_file():
+            write_text_atomic(folder / "evlecg.json", trained_with.read_text(encoding="utf-8"))
+        difference = _reloaded_difference(folder, original)
+        if not difference <= LOGIT_TOLERANCE:
+            raise RunFailed(f"the exported model's logits differ by {difference:.2e}", where=out,
+                            hint="nothing was kept; please report this family")  # fmt: skip
+        weights = sorted(folder.glob("*.safetensors"))
+        write_text_atomic(folder / "README.md", _card(run, folder, weights, original, difference))
+        n_bytes = sum(file.stat().st_size for file in weights)
+        result = ExportResult(out, out / weights[0].name, original.n_parameters, n_bytes, difference)
+    progress.info(f"exported to {out}; reloaded by plain transformers, largest logit difference {difference:.1e}")
+    return result
+
+
+def _reloaded_difference(folder: Path, original: models.Loaded) -> float:
+    """Largest absolute difference between the logits of the run's student and of the exported files."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from evlecg.data.synthetic import generate
+    from evlecg.models.encode import Encoder, Turn
+
+    about = json.loads((folder / "evlecg.json").read_text()) if (folder / "evlecg.json").is_file() else {}
+    page = PageConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in about.get("page", {}).items()})
+    size = (page.student_size[0], page.student_size[1]) if page.student_size else None
+    record = next(generate({"test": 1}, seed=0))
+    question = about.get("question", "Does this ECG show {description}?").replace("{description}", "a normal tracing")
+    with models.quiet():
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=original.model.dtype)
+        processor = AutoProcessor.from_pretrained(folder)
+    logits = []
+    for candidate, its_processor in ((original.model, original.processor), (model, processor)):
+        encoder = Encoder(original.checkpoint, its_processor, size_px=size)
+        drawn = render(record.signal_mV, record.fs_hz, size_px=encoder.size_px, style=page_style(page))
+        side = encoder.encode([drawn.pixels], [[Turn(question, "yes")]], drawn.layout)
+        with torch.no_grad():
+            logits.append(candidate.eval()(**side.inputs).logits.float())
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def _card(run: Path, folder: Path, weights: list[Path], original: models.Loaded, difference: float) -> str:
+    """The model card, every figure read from the run's files."""
+    made = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
+    about = json.loads((folder / "evlecg.json").read_text()) if (folder / "evlecg.json").is_file() else {}
+    head = "\n".join(
+        ["---", "library_name: transformers", "pipeline_tag: image-text-to-text",
+         "tags: [ecg, knowledge-distillation, evlecg]", "---"]
+    )  # fmt: skip
+    asked = about.get("question", "")
+    labels = about.get("labels", {})
+    lines = [
+        head,
+        "",
+        f"# {run.resolve().name}: a distilled ECG model",
+        "",
+        f"A {original.checkpoint.model_type} model of {original.n_parameters:,} parameters, trained with evlecg "
+        f"{__version__} (method `{about.get('method', UNDEFINED)}`, teacher `{about.get('teacher') or 'none'}`).",
+        "",
+        "**Not a medical device.** For research; no diagnosis may rest on it.",
+        "",
+        "## What it answers",
+        "",
+        f"One question a label, answered yes or no: \"{asked}\"" if asked else "Unknown: no evlecg.json beside the model.",
+        "",
+        *(f"- `{label}`: {phrase}" for label, phrase in labels.items()),
+        "",
+        "## Results",
+        "",
+        *_results(run),
+        "",
+        "## Training",
+        "",
+        *(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in made.items()
+          if key in ("recipe", "recipe_fingerprint", "data", "steps", "seconds", "environment")),
+        "",
+        "## Files",
+        "",
+        *(f"- `{file.name}`: {file.stat().st_size:,} bytes, SHA-256 `{sha256_file(file)}`" for file in weights),
+        f"- reloaded by plain transformers; largest logit difference from the run: {difference:.1e}",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _results(run: Path) -> list[str]:
+    """The run's comparison table, or the plain fact that there is none."""
+    table = run / "report" / "comparison.md"
+    return table.read_text(encoding="utf-8").splitlines() if table.is_file() else ["Not evaluated when exported."]

@@ -1,0 +1,202 @@
+"""The prepare job end to end: miniature downloads, recorded ECGs, the generator, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from evlecg.data.store import Prepared
+from evlecg.errors import EvlecgError
+from evlecg.prepare import find_dataset, looks_raw, prepare
+from evlecg.progress import Progress
+from evlecg.schema import SPLITS
+from tests.test_readers import STEPS, write_ptbxl, write_wfdb
+
+COMMENTS = ("Age: 74", "Sex: Male", "Dx: 426783006", "Hx: John Smith, seen 12-May-2020")
+
+
+def write_cpsc(folder: Path, n: int = 3, broken: int = 0) -> None:
+    for number in range(n + broken):
+        steps = STEPS.copy()
+        if number >= n:
+            steps[3] = 0
+        write_wfdb(folder, f"A{number:04d}", steps, suffix=".mat", comments=COMMENTS)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_download_becomes_a_prepared_folder(tmp_path: Path) -> None:
+    write_ptbxl(tmp_path / "source")
+    summary = prepare("ptbxl", source=tmp_path / "source", out=tmp_path / "out")
+    prepared = Prepared.open(tmp_path / "out")
+    assert (summary.n_read, summary.n_kept, summary.n_rejected, summary.n_dropped) == (5, 3, 0, 2)
+    assert summary.splits == {"train": 2, "val": 0, "test": 1} and summary.n_patients == 2
+    assert summary.positives == {"NORM": 1, "MI": 1, "STTC": 1, "CD": 1, "HYP": 0}
+    assert summary.reasons == {"no diagnostic class": 1, "listed, but not in this copy": 1}
+    assert json.loads(json.dumps(summary.to_dict()))["fingerprint"] == prepared.fingerprint
+    assert_allclose(prepared.record(0).signal_mV, STEPS / np.float32(1000), atol=1e-6)
+    assert prepared.manifest["licence"] == "CC BY 4.0" and "Wagner" in prepared.manifest["citation"]
+    assert prepared.manifest["options"] == {"labels": "super", "seed": 0, "fs_hz": None, "counts": {}}
+    assert prepared.manifest["source"]["n_files"] == 2 + 2 * 3  # two tables; the dropped records were not read
+
+
+def test_nothing_of_the_machine_or_the_patient_is_kept(tmp_path: Path) -> None:
+    write_cpsc(tmp_path / "download", broken=1)
+    write_ptbxl(tmp_path / "ptbxl")
+    prepare("cpsc2018", source=tmp_path / "download", out=tmp_path / "out")
+    prepare("ptbxl", source=tmp_path / "ptbxl", out=tmp_path / "out2")
+    for file in [*(tmp_path / "out").iterdir(), *(tmp_path / "out2").iterdir()]:
+        data = file.read_bytes()
+        for secret in (str(tmp_path), "download", "Smith", "May", "1984"):
+            assert secret.encode() not in data, (file.name, secret)
+
+
+def test_the_same_download_gives_the_same_folder_wherever_it_lies(tmp_path: Path) -> None:
+    found = []
+    for place in ("a", "b/c"):
+        write_cpsc(tmp_path / place, 12)
+        prepare("cpsc2018", source=tmp_path / place, out=tmp_path / place / "out")
+        prepared = Prepared.open(tmp_path / place / "out")
+        found.append((prepared.fingerprint, prepared.manifest["source"]))
+    assert found[0] == found[1]
+    prepare("cpsc2018", source=tmp_path / "a", out=tmp_path / "other", seed=1)
+    assert Prepared.open(tmp_path / "other").fingerprint != found[0][0]  # other splits
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "kept", "repaired", "rejected", "dropped", "positives"),
+    [
+        ("ludb", None, 140, 140, 0, 60, {"NORM": 7, "MI": 22, "AFIB": 14, "LVH": 89, "1AVB": 10, "3AVB": 5}),
+        ("ptbxl", None, 50, 0, 0, 11, {"NORM": 31, "MI": 10, "STTC": 10, "CD": 9, "HYP": 8}),
+        ("cpsc2018", None, 100, 0, 0, 0, {"NORM": 14, "AFIB": 15, "RBBB": 22, "STE": 10}),
+        ("cpsc2018", "super", 100, 0, 0, 0, {"NORM": 14, "STTC": 23, "CD": 32}),
+        ("cinc2021", None, 87, 0, 1, 0, {"AFIB": 5, "PAC": 16, "STACH": 21}),
+        ("cinc2021", "super", 87, 0, 1, 0, {"NORM": 18, "MI": 18, "HYP": 9}),
+    ],
+)
+def test_recorded_ecgs(
+    shared_data: Path,
+    tmp_path: Path,
+    name: str,
+    labels: str | None,
+    kept: int,
+    repaired: int,
+    rejected: int,
+    dropped: int,
+    positives: dict[str, int],
+) -> None:
+    summary = prepare(name, source=shared_data / name, out=tmp_path / "out", labels=labels)
+    counts = (summary.n_kept, summary.n_repaired, summary.n_rejected, summary.n_dropped)
+    assert counts == (kept, repaired, rejected, dropped)
+    assert {label: summary.positives[label] for label in positives} == positives
+    prepared = Prepared.open(tmp_path / "out")
+    patients = [{prepared.patient_ids[index] for index in prepared.indices(split)} for split in SPLITS]
+    assert all(patients) and not patients[0] & patients[1] and not (patients[0] | patients[1]) & patients[2]
+    for index in range(len(prepared)):
+        record = prepared.record(index)
+        assert 0.2 < np.ptp(record.signal_mV, axis=1).max() < 30 and record.duration_s >= 5
+
+
+def test_generated_data_needs_no_source(tmp_path: Path) -> None:
+    counts = {"train": 6, "val": 2, "test": 3}
+    summary = prepare("synthetic", source=None, out=tmp_path / "a", counts=counts, labels="super")
+    assert summary.splits == counts and set(summary.positives) == {"NORM", "MI", "STTC", "CD", "HYP"}
+    prepare("synthetic", source=tmp_path, out=tmp_path / "b", counts=counts, labels="super")
+    prepare("synthetic", source=None, out=tmp_path / "c", counts=counts, labels="super", seed=1)
+    prints = [Prepared.open(tmp_path / name).fingerprint for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_strict_fails_on_a_rejected_record_and_not_on_a_dropped_one(tmp_path: Path) -> None:
+    write_ptbxl(tmp_path / "ptbxl")
+    prepare("ptbxl", source=tmp_path / "ptbxl", out=tmp_path / "out", strict=True)
+    write_cpsc(tmp_path / "cpsc", broken=1)
+    with pytest.raises(EvlecgError, match=r"1 of 4 records were rejected .*flat leads \(1\)"):
+        prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out2", strict=True)
+    assert names(tmp_path) == ["cpsc", "out", "ptbxl"]
+
+
+def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
+    cpsc, empty, out = tmp_path / "cpsc", tmp_path / "empty", tmp_path / "out"
+    write_cpsc(cpsc)
+    write_cpsc(tmp_path / "bad", n=0, broken=2)
+    empty.mkdir()
+    before = names(tmp_path)
+    for message, arguments in (
+        ("unknown dataset 'ptbx' -> did you mean 'ptbxl'", {"dataset": "ptbx"}),
+        ("unknown label set 'cpsc'", {"labels": "cpsc"}),
+        ("no choice of 250 Hz .*keep the rate", {"fs": 250}),
+        ("no choice of 250 Hz .*500 or 100", {"dataset": "ptbxl", "fs": 250}),
+        ("needs its download .*wget", {"source": None}),
+        ("source folder does not exist .*missing.*wget", {"source": tmp_path / "missing"}),
+        ("source folder is empty", {"source": empty}),
+        ("no LUDB 1.0.1 in this folder .*ludb.csv", {"dataset": "ludb"}),
+        (r"no record could be used .*flat leads \(2\)", {"source": tmp_path / "bad"}),
+        ("source lies inside the output", {"out": tmp_path}),
+        ("dataset is empty", {"dataset": "synthetic", "counts": {"train": 0, "test": 0}}),
+        ("unknown split 'dev'", {"dataset": "synthetic", "counts": {"dev": 3}}),
+    ):
+        given = {"dataset": "cpsc2018", "source": cpsc, "out": out, **arguments}
+        with pytest.raises(EvlecgError, match=message):
+            prepare(**given)
+        assert names(tmp_path) == before, message
+    prepare("cpsc2018", source=cpsc, out=out)
+    with pytest.raises(EvlecgError, match="not empty"):
+        prepare("cpsc2018", source=cpsc, out=out)
+    prepare("cpsc2018", source=cpsc, out=out, overwrite=True)
+    with pytest.raises(EvlecgError, match="no record could be used"):
+        prepare("cpsc2018", source=tmp_path / "bad", out=out, overwrite=True)
+    assert len(Prepared.open(out)) == 3
+
+
+def test_records_without_any_wanted_label_are_dropped(tmp_path: Path) -> None:
+    write_ptbxl(tmp_path / "ptbxl")
+    summary = prepare("ptbxl", source=tmp_path / "ptbxl", out=tmp_path / "out", labels="rhythm")
+    assert (summary.positives["SR"], summary.positives["AFIB"]) == (2, 1)
+    reason = {row["id"]: row["reason"] for row in Prepared.open(tmp_path / "out").quarantine()}
+    assert reason["00002"] == "none of the wanted labels was assessed"  # it has no rhythm statement
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listener(Progress):
+        def info(self, message: str) -> None:
+            said.append(message)
+
+        def detail(self, message: str) -> None:
+            said.append(message)
+
+    write_cpsc(tmp_path / "cpsc", broken=1)
+    prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", progress=Listener())
+    assert said[0].endswith("4 records") and said[1] == "A0003: flat leads: aVR" and "1 rejected" in said[2]
+
+
+def test_datasets_are_found_by_name_and_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_ptbxl(second / "ptbxl")
+    write_cpsc(tmp_path / "anything" / "g1")
+    roots = [first, second]
+    assert find_dataset("ptbxl", [first]) is None and find_dataset("nothing", roots) is None
+    found = find_dataset("ptbxl", roots)
+    assert found is not None and not found.prepared
+    assert (found.path, found.dataset, found.prepare_to) == (second / "ptbxl", "ptbxl", second / "ptbxl-prepared")
+    assert found.prepare_to is not None
+    prepare("ptbxl", source=found.path, out=found.prepare_to)
+    found = find_dataset("ptbxl", roots)
+    assert found is not None and found.prepared and found.path == second / "ptbxl-prepared"
+    assert find_dataset(str(second / "ptbxl-prepared"), []) == found
+    folder = find_dataset(str(tmp_path / "anything"), roots)
+    assert folder is not None and (folder.dataset, folder.prepared) == ("cpsc2018", False)
+    monkeypatch.chdir(tmp_path)
+    here = find_dataset("anything", roots)
+    assert here is not None and here.path == tmp_path / "anything"
+    assert looks_raw("ptbxl", second / "ptbxl") and not looks_raw("ludb", second / "ptbxl")
+    assert not looks_raw("synthetic", second) and not looks_raw("nothing", second)
+    assert not looks_raw("ptbxl", tmp_path / "missing")

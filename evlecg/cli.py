@@ -109,11 +109,11 @@ def prepare(
 def distill(
     teacher: Annotated[str | None, typer.Option(help="Teacher: path, hub id, builtin:NAME, or none.")] = None,
     student: Annotated[str | None, typer.Option(help="Student: path, hub id or builtin:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="Prepared folder or dataset name [default: newest in ./data].")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file [default: quickstart if no model is "
-                                                    "named].")] = None,
+    data: Annotated[str | None, typer.Option(help="Prepared folder or dataset name (default: the newest in ./data).")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file (default: quickstart, where no "
+                                                    "model is named).")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/TIME-NAME].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/TIME-NAME).")] = None,
     method: Annotated[str | None, typer.Option(help="evl or ce (SFT-only).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training records.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
@@ -169,8 +169,8 @@ def eval_(
     dataset: Annotated[str, typer.Option(help="Dataset name (./data/NAME or $EVLECG_DATA/NAME) or prepared folder.")],
     model: Annotated[str, typer.Option(help="Run, export, checkpoint, hub id or builtin:NAME.")] = "runs/latest",
     split: Annotated[Split, typer.Option(help="What to score.")] = Split.test,
-    out: Annotated[Path | None, typer.Option(help="Report folder [default: reports/TIME-DATASET-SPLIT].")] = None,
-    labels: Annotated[str | None, typer.Option(help="Label codes to score, comma-separated [default: all].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Report folder (default: reports/TIME-DATASET-SPLIT).")] = None,
+    labels: Annotated[str | None, typer.Option(help="Label codes to score, comma-separated (default: all).")] = None,
     batch_size: Annotated[int, typer.Option(help="Records a forward pass.", min=1)] = 16,
     max_records: Annotated[int | None, typer.Option(help="Score the first N records only.", min=1)] = None,
     overwrite: Overwrite = False,
@@ -179,13 +179,13 @@ def eval_(
     verbose: Verbose = False,
 ) -> None:
     """Score a model by the likelihood of its answers: AUC per label with intervals over patients."""
-    if model == "runs/latest" and not Path(model).exists():
-        raise EvlecgError("there is no run to score yet", where=model, hint="evlecg distill, or --model MODEL")
     from evlecg.evaluate import evaluate
     from evlecg.pipeline import named_data
 
     progress = _progress(quiet, verbose)
     data = named_data(dataset, progress=progress)
+    if model == "runs/latest" and not Path(model).exists():
+        raise EvlecgError("there is no run to score yet", where=model, hint="evlecg distill, or --model MODEL")
     if out is None:
         out = Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(dataset).name}-{split.value}"
     report = evaluate(

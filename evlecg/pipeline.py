@@ -148,7 +148,8 @@ def named_data(name_or_dir: str, recipe: Recipe | None = None, progress: Progres
         return out
     if name_or_dir in READERS:
         reader = READERS[name_or_dir]
-        steps = [*reader.get, f"evlecg prepare --dataset {name_or_dir} --source DOWNLOADED_FOLDER --out data/{name_or_dir}"]
+        folder = DATA_ROOT / name_or_dir  # where reader.get puts it, and where find_dataset looks
+        steps = [*reader.get, f"evlecg prepare --dataset {name_or_dir} --source {folder} --out {folder}-prepared"]
         raise EvlecgError(
             f"{name_or_dir} is not in {' or '.join(str(root) for root in data_roots())}",
             hint="get and prepare it: " + " && ".join(steps),

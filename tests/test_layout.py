@@ -39,8 +39,10 @@ def test_panels_do_not_overlap_and_rows_show_the_whole_time(name: str) -> None:
 
 def test_columns_read_downwards_as_on_paper() -> None:
     layout = page_layout("3x4+1", size_px=(1100, 850))
-    third_column = [LEADS[p.lead] for p in layout.panels if p.window_s == (5.0, 7.5)]
-    assert third_column == ["V1", "V2", "V3"]
+    columns = [
+        [LEADS[p.lead] for p in layout.panels if p.window_s == (start_s, start_s + 2.5)] for start_s in (0, 2.5, 5, 7.5)
+    ]
+    assert columns == [["I", "II", "III"], ["aVR", "aVL", "aVF"], ["V1", "V2", "V3"], ["V4", "V5", "V6"]]
 
 
 @pytest.mark.parametrize("size_px", [(1100, 850), (2200, 1700), (1754, 1240), (1600, 900)])

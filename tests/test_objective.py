@@ -268,6 +268,19 @@ def test_relation_is_zero_for_identical_features_and_reads_what_it_names(cells: 
     assert [gradient is not None for gradient in reached] == [False, features == "last", features == "projected"]
 
 
+def test_relation_leaves_out_cells_that_the_teacher_does_not_cover() -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    mask = teacher.side.visual_mask_BN.clone()
+    mask[:, 3:] = False  # of 3 x 3 tokens the upper row remains: it covers the upper of 2 x 2 cells
+    objective = build(ObjectiveConfig(lambda_ot=0, relation=RelationConfig(grid=2)))
+    half = replace(teacher, side=replace(teacher.side, visual_mask_BN=mask))
+    terms = objective(student, half, batch, output_head=make_head(), diagnose=True)
+    assert terms.diagnostics["rel_cells"] == 2
+    (gradient,) = torch.autograd.grad(terms.values["rel"], student.visual_BND)
+    assert (gradient.abs().sum(-1) > 0).int().tolist() == [[1, 1, 0, 0]] * 3
+
+
 def test_relation_to_aligned_states_has_a_fixed_target() -> None:
     batch = make_batch()
     student, teacher = make_pair(batch)

@@ -465,6 +465,14 @@ def test_a_download_is_found_below_its_wrapping(tmp_path: Path) -> None:
     assert home_of("ptbxl", tmp_path) is None  # which of the two?
 
 
+def test_generated_records_carry_the_wanted_labels_only() -> None:
+    options = ReadOptions(labels=("AFIB", "MI", "LVH"), counts={"test": 2})
+    reading = READERS["synthetic"].open(None, options)  # type: ignore[arg-type]
+    found = list(reading.records())
+    assert reading.total == len(found) == 2
+    assert all(isinstance(item, Record) and set(item.labels) == {"AFIB", "MI"} for item in found)
+
+
 def test_table_rows_are_complete() -> None:
     for name, reader in READERS.items():
         assert reader.title and reader.licence and reader.citation and resolve_labels(reader.labels)

@@ -142,11 +142,18 @@ def test_pooling_against_plain_loops() -> None:
     assert covered.tolist() == [[True, True, False, False]]
 
 
-def test_a_sliver_from_rounding_does_not_cover_a_cell() -> None:
-    boxes = torch.tensor([[[0.0, 0.0, 0.5000001, 1.0]]])
-    assert pool_to_cells(torch.ones(1, 1, 2), boxes, torch.ones(1, 1, dtype=torch.bool), page_grid(2, like=boxes))[
-        1
-    ].tolist() == [[True, False, True, False]]
+@pytest.mark.parametrize(("edge", "covers"), [(0.5000001, False), (0.5015, True)])
+def test_a_sliver_from_rounding_does_not_cover_a_cell(edge: float, covers: bool) -> None:
+    boxes = torch.tensor([[[0.0, 0.0, edge, 1.0]]])
+    _, covered = pool_to_cells(torch.ones(1, 1, 2), boxes, torch.ones(1, 1, dtype=torch.bool), page_grid(2, like=boxes))
+    assert covered.tolist() == [[True, covers, True, covers]]
+
+
+def test_a_sample_with_one_token_has_no_relations_and_no_share_in_the_mean() -> None:
+    student, target = seeded(2, 4, 3), seeded(2, 4, 3, seed=1)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[1, 1:] = False
+    assert_close(relation_loss(student, target, mask), relation_loss(student[:1], target[:1], mask[:1]))
 
 
 def test_page_grid_reads_row_by_row() -> None:

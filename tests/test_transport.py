@@ -108,6 +108,11 @@ def test_log_domain_takes_over_where_the_kernel_leaves_float_range(monkeypatch: 
     assert_close(transport_plan(cost, ones(1, 30), ones(1, 20), **DEFAULTS), expected)
 
 
+def test_plan_is_constant_in_the_gradient() -> None:
+    cost = seeded(1, 6, 4).square().requires_grad_()
+    assert not transport_plan(cost, ones(1, 6), ones(1, 4), **DEFAULTS).requires_grad
+
+
 def test_coincident_points_give_the_independent_plan() -> None:
     plan = transport_plan(torch.zeros(1, 6, 4), ones(1, 6), ones(1, 4), **DEFAULTS)
     assert_close(plan, torch.full((1, 6, 4), 1 / 24))

@@ -48,7 +48,7 @@ def pool_to_cells(
     area_BNC = overlap_area(token_box_BN4, cell_box_BC4).masked_fill(~token_mask_BN[..., None], 0)
     cover_BC = area_BNC.sum(1)
     cell_area_BC = (cell_box_BC4[..., 2:] - cell_box_BC4[..., :2]).clamp_min(0).prod(-1)
-    mask_BC = (cover_BC > LEAST_COVER * cell_area_BC) & (cell_area_BC > 0)
+    mask_BC = cover_BC > LEAST_COVER * cell_area_BC
     weight_BNC = (area_BNC / cover_BC.masked_fill(~mask_BC, 1)[:, None]).masked_fill(~mask_BC[:, None], 0)
     return weight_BNC.transpose(1, 2).to(tokens_BND.dtype) @ tokens_BND, mask_BC
 

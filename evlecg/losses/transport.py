@@ -82,9 +82,7 @@ def transport_plan(cost_BNM: Tensor, a_mask_BN: Tensor, b_mask_BM: Tensor, *, ep
 
 
 def _solve(cost_NM: Tensor, epsilon: float, steps: int) -> Tensor:
-    """The plan of one sample without masks; N >= M."""
-    if not torch.isfinite(cost_NM).all():
-        return torch.full_like(cost_NM, math.nan)  # a diverged model shows as a NaN loss, as in every other term
+    """The plan of one sample without masks; N >= M. NaN costs give a NaN plan: a diverged model shows in the loss."""
     tolerance = 1e-11 if cost_NM.dtype == torch.float64 else 2e-6
     # c-transforms as first potentials: every row and column of the kernel then holds a 1, however small epsilon is
     row_N1 = cost_NM.amin(1, keepdim=True)

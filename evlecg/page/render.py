@@ -5,8 +5,9 @@ the page. Each pixel column is cut into `SUBCOLUMNS`; per subcolumn the trace's 
 widened by the pen's disc (a grey dilation), and the share of every pixel that the interval covers is computed
 exactly. Where on the signal each subcolumn looks depends on the page and the sampling rate only, and is cached.
 
-OpenCV's anti-aliased polylines were measured beside it: slower on a large page (each segment is a filled polygon),
-and their pen is a whole number of pixels wide, which is too coarse for the small pages of small vision towers.
+OpenCV's anti-aliased polylines onto the same paper were measured beside it on one core, best of 15: 2.7 ms against
+1.3 at 168x168, 38 ms against 9 at 2200x1700 (each segment is a filled polygon). Their pen is also a whole number of
+pixels wide, which is too coarse for the small pages of small vision towers.
 
 Shape legend: L leads (always 12), T time samples, J subcolumns of all panels one after another, K pixel columns
 (J / SUBCOLUMNS), E touched pixels, H and W page height and width.

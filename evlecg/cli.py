@@ -68,7 +68,9 @@ def prepare(
     dataset: Annotated[str, typer.Option(help="Dataset name, or synthetic.")],
     out: Annotated[Path, typer.Option(help="Prepared folder to write.")],
     source: Annotated[Path | None, typer.Option(help="The download as published (not needed for synthetic).")] = None,
-    labels: Annotated[str | None, typer.Option(help="Label set, or several joined by +; default: the dataset's.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Label set, or several joined by +; default: the dataset's.")
+    ] = None,
     fs: Annotated[int | None, typer.Option(help="Sampling rate in Hz, where several are published.")] = None,
     train: Annotated[int, typer.Option(help="Synthetic training records.", min=1)] = 1000,
     val: Annotated[int, typer.Option(help="Synthetic validation records.", min=1)] = 300,
@@ -109,10 +111,15 @@ def prepare(
 def distill(
     teacher: Annotated[str | None, typer.Option(help="Teacher: path, hub id, builtin:NAME, or none.")] = None,
     student: Annotated[str | None, typer.Option(help="Student: path, hub id or builtin:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="Prepared folder or dataset name (default: the newest in ./data).")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file (default: quickstart, where no "
-                                                    "model is named).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, repeatable.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Prepared folder or dataset name (default: the newest in ./data).")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Shipped recipe or YAML file (default: quickstart, where no model is named).")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/TIME-NAME).")] = None,
     method: Annotated[str | None, typer.Option(help="evl or ce (SFT-only).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training records.")] = None,

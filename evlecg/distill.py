@@ -1,4 +1,4 @@
-"""The training job: check, build, loop, save. No trainer class, no callbacks; accelerate is called, never subclassed."""
+"""The training job: check, build, loop, save. Accelerate is called, never subclassed; there is no trainer class."""
 
 from __future__ import annotations
 
@@ -291,9 +291,7 @@ def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[st
     return row
 
 
-def _step(
-    job: _Job, group: list[Any], state: _Position, *, diagnose: bool, gradients: bool
-) -> dict[str, Any] | None:
+def _step(job: _Job, group: list[Any], state: _Position, *, diagnose: bool, gradients: bool) -> dict[str, Any] | None:
     """One optimizer step over a group of batches; what to log of its last batch, or None where a loss is not finite."""
     import torch
 
@@ -354,9 +352,7 @@ def _term_gradients(job: _Job, terms: Any) -> dict[str, float]:
     for name, value in terms.values.items():
         if not value.requires_grad:
             continue
-        found = torch.autograd.grad(
-            value * terms.weights[name], parameters, retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad(value * terms.weights[name], parameters, retain_graph=True, allow_unused=True)
         norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
     return norms
 
@@ -444,7 +440,9 @@ def _trained_with(job: _Job) -> dict[str, Any]:
     return {
         "question": job.recipe.data.question,
         "answers": list(YES_NO),
-        "labels": {name: job.prepared.label_descriptions[name] for name in chosen_labels(job.prepared, job.recipe.data)},
+        "labels": {
+            name: job.prepared.label_descriptions[name] for name in chosen_labels(job.prepared, job.recipe.data)
+        },
         "page": tree["page"] | {"student_size": list(job.builder.student.size_px)},
         "method": job.recipe.effective_method,
         "teacher": job.recipe.teacher if job.recipe.needs_teacher else None,

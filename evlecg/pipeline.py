@@ -117,7 +117,9 @@ def training_data(recipe: Recipe, progress: Progress) -> Path:
         if not is_prepared(path) and recipe.data.dir in READERS:
             return named_data(recipe.data.dir, recipe, progress)
         return path
-    folders = [item.parent for root in data_roots() for item in root.glob("*/manifest.json") if is_prepared(item.parent)]
+    folders = [
+        item.parent for root in data_roots() for item in root.glob("*/manifest.json") if is_prepared(item.parent)
+    ]
     if folders:
         newest = max(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime)
         progress.info(f"data: {newest} (prepared last; --data DIR chooses another)")

@@ -35,7 +35,9 @@ def _section(kind: type) -> Any:
 class DataConfig:
     """Which prepared folder is read, and what is asked about it."""
 
-    dir: str | None = _key(None, "prepared folder or dataset name; null: the newest in ./data, else the synthetic set is made")
+    dir: str | None = _key(
+        None, "prepared folder or dataset name; null: the newest in ./data, else synthetic"
+    )
     labels: tuple[str, ...] = _key((), "label codes to ask about; empty: all that the folder assessed")
     question: str = _key("Does this ECG show {description}?", "wording of the yes/no question about one label")
     max_train: int | None = _key(None, "use the first N training records only (learning curves)", low=1)
@@ -74,8 +76,11 @@ class TrainConfig:
     dtype: str = _key("float32", "dtype the student is loaded in", choices=("float32", "bfloat16", "float16"))
     teacher_dtype: str = _key("float32", "dtype the teacher is loaded in", choices=("float32", "bfloat16", "float16"))
     freeze_vision: bool = _key(False, "leave the student's vision tower as it is")
-    packing: str = _key("auto", "all questions about a page in one sequence (auto: if proven equal at start)",
-                        choices=("auto", "on", "off"))
+    packing: str = _key(
+        "auto",
+        "all questions about a page in one sequence (auto: if proven equal at start)",
+        choices=("auto", "on", "off"),
+    )
     workers: int = _key(0, "loader processes", low=0)
 
 
@@ -108,11 +113,15 @@ class TransportConfig:
 class RelationConfig:
     """Geometric relation matching (the paper's third term) beyond its equation."""
 
-    source: str = _key("teacher", "whose relations are the target: the teacher's own, or the aligned states'",
-                       choices=("teacher", "aligned"))
+    source: str = _key(
+        "teacher",
+        "whose relations are the target: the teacher's own, or the aligned states'",
+        choices=("teacher", "aligned"),
+    )
     features: str = _key("last", "which visual tokens are compared", choices=("last", "projected"))
-    cells: str = _key("page", "what tokens are pooled into: a page grid, or lead x time cells",
-                      choices=("page", "lead_time"))
+    cells: str = _key(
+        "page", "what tokens are pooled into: a page grid, or lead x time cells", choices=("page", "lead_time")
+    )
     grid: int = _key(6, "cells a side of the page grid", low=1)
     distance: float = _key(0.5, "weight of the distance relation", low=0)
     cosine: float = _key(0.5, "weight of the cosine relation", low=0)

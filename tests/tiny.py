@@ -21,7 +21,7 @@ CORPUS = [
     "Does this ECG show myocardial infarction, an ST or T wave change, a conduction disturbance or hypertrophy?",
     "Does this ECG show atrial fibrillation, atrial flutter, sinus bradycardia or sinus tachycardia?",
     "Does this ECG show left bundle branch block, right bundle branch block, first degree AV block?",
-    "Does this ECG show premature ventricular contractions, premature atrial contractions, ST depression, ST elevation?",
+    "Does this ECG show premature ventricular or atrial contractions, ST depression, ST elevation?",
     "Please write a clinical report based on this ECG image. From the provided options, select all that apply.",
     "Question: Which rhythm is seen in lead II? Answer: sinus rhythm. User: Assistant: USER: ASSISTANT:",
     "The heart rate is 75 beats per minute; the QRS complex lasts 92 ms, the axis is normal, 0 1 2 3 4 5 6 7 8 9 mV.",

@@ -135,7 +135,11 @@ class Encoder:
         try:
             return dict(
                 self.processor(
-                    images=images, text=texts, padding=True, return_tensors="pt", add_special_tokens=self._adds(texts[0])
+                    images=images,
+                    text=texts,
+                    padding=True,
+                    return_tensors="pt",
+                    add_special_tokens=self._adds(texts[0]),
                 )
             )
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:

@@ -113,9 +113,7 @@ def packing_difference(loaded: Loaded, encoder: Encoder, page: Any, turns: list[
     loaded.model.eval()
     try:
         for side in (to_device(packed, device), to_device(single, device)):
-            outputs = forward(
-                loaded.model, side, predict_A2=side.answer_A2, forward_keys=loaded.forward_keys
-            )
+            outputs = forward(loaded.model, side, predict_A2=side.answer_A2, forward_keys=loaded.forward_keys)
             results.append(outputs.answer_logits_AV.float())
     finally:
         loaded.model.train(was_training)

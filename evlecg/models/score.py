@@ -62,9 +62,7 @@ class Scorer:
             starts = [0]
             for row_turns in turns:
                 starts.append(starts[-1] + len(row_turns))
-            owner_A = [
-                starts[row] + int(side.block_BS[row, place]) - 1 for row, place in side.answer_A2.tolist()
-            ]
+            owner_A = [starts[row] + int(side.block_BS[row, place]) - 1 for row, place in side.answer_A2.tolist()]
         else:
             side = self.encoder.encode(
                 [pages[row].pixels for row, _, _, _ in asked], [[turn] for *_, turn in asked], pages[0].layout

@@ -210,6 +210,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
+    dtype: Annotated[str, typer.Option(help="auto (as trained), float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -218,7 +219,7 @@ def export(
     """Write the student alone, reload it with plain transformers and compare logits."""
     from evlecg.export import export as job
 
-    result = job(run, out=out, format=format, overwrite=overwrite, progress=_progress(quiet, verbose))
+    result = job(run, out=out, format=format, dtype=dtype, overwrite=overwrite, progress=_progress(quiet, verbose))
     if as_json:
         return _print_json(result.to_dict())
     typer.echo(f"student: {result.weights} ({result.n_parameters:,} parameters, {result.n_bytes:,} bytes)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import time
@@ -202,7 +203,7 @@ def _startup_checks(
 
     sample = max(unpacked.samples[:64], key=lambda candidate: len(candidate.questions))
     turns = [Turn(question.text, question.answer) for question in sample.questions]
-    packed = recipe.train.packing != "off" and len(turns) > 1
+    packed = recipe.train.packing != "never" and len(turns) > 1
     checks: dict[str, Any] = {"packed": packed}
     sides = [("student", student, unpacked.student)]
     if teacher is not None:
@@ -234,7 +235,7 @@ def _startup_checks(
                               where=loaded.checkpoint.name, hint="the image does not reach the model")  # fmt: skip
         if packed:
             able, why = can_pack(loaded, encoder, page.pixels, turns, page.layout)
-            if not able and recipe.train.packing == "on":
+            if not able and recipe.train.packing == "always":
                 raise EvlecgError(f"the {role} cannot pack questions", where=loaded.checkpoint.name, hint=why)
             if not able:
                 progress.detail(f"{role} cannot pack questions ({why}): one row a question")
@@ -401,6 +402,8 @@ def _checkpoint(job: _Job, state: _Position, out: Path) -> int:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    quiet = logging.getLogger("accelerate.utils.other")
+    quiet.setLevel(logging.ERROR)  # it warns of tied weights, which load_state ties again
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

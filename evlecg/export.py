@@ -17,6 +17,7 @@ from evlecg.recipe import PageConfig, nearest
 from evlecg.report import UNDEFINED
 
 FORMATS = ("safetensors",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOGIT_TOLERANCE = 1e-5  # the same weights in the same dtype: anything above this is a defect, not rounding
 
 
@@ -35,12 +36,26 @@ class ExportResult:
 
 
 def export(
-    run: Path, *, out: Path, format: str = "safetensors", overwrite: bool = False, progress: Progress | None = None
+    run: Path,
+    *,
+    out: Path,
+    format: str = "safetensors",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> ExportResult:
     """Writes a run's student as a checkpoint that plain transformers loads.
 
     The new folder is reloaded through `AutoModelForImageTextToText` and `AutoProcessor`, and its logits on a drawn page
     are compared with the run's before it takes its final name.
+
+    Args:
+        run: a finished run folder.
+        out: folder to write; appears whole or not at all.
+        format: one of `FORMATS`.
+        dtype: one of `DTYPES`; auto keeps the dtype of the run.
+        overwrite: replace what `out` holds.
+        progress: who listens.
 
     Raises:
         EvlecgError: not a run, an unknown format, or an output folder that is in the way.
@@ -49,11 +64,13 @@ def export(
     progress = progress or Progress()
     if format not in FORMATS:
         raise EvlecgError(f"unknown format {format!r}", where="--format", hint=nearest(format, FORMATS))
+    if dtype not in DTYPES:
+        raise EvlecgError(f"unknown dtype {dtype!r}", where="--dtype", hint=nearest(dtype, DTYPES))
     if not (run / "student" / "config.json").is_file():
         hint = "evlecg distill leaves one; an unfinished run can be continued with --resume"
         raise EvlecgError("the folder holds no finished run", where=run, hint=hint)
     checkpoint = models.inspect(str(run))
-    original = models.load(checkpoint, dtype="auto")
+    original = models.load(checkpoint, dtype=dtype)
     with new_folder(out, overwrite) as folder:
         progress.info(f"exporting {run} ({original.n_parameters:,} parameters)")
         original.model.save_pretrained(folder, max_shard_size="5GB")

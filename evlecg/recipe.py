@@ -6,6 +6,7 @@ recipe, so that it can be repeated from its own folder. Field documentation live
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -35,9 +36,7 @@ def _section(kind: type) -> Any:
 class DataConfig:
     """Which prepared folder is read, and what is asked about it."""
 
-    dir: str | None = _key(
-        None, "prepared folder or dataset name; null: the newest in ./data, else synthetic"
-    )
+    dir: str | None = _key(None, "prepared folder or dataset name; null: the newest in ./data, else synthetic")
     labels: tuple[str, ...] = _key((), "label codes to ask about; empty: all that the folder assessed")
     question: str = _key("Does this ECG show {description}?", "wording of the yes/no question about one label")
     max_train: int | None = _key(None, "use the first N training records only (learning curves)", low=1)
@@ -52,7 +51,7 @@ class PageConfig:
 
     layout: str = _key("3x4+1", "lead arrangement")
     speed_mm_s: float = _key(25.0, "paper speed", low=1)
-    gain_mm_mV: float = _key(10.0, "gain", low=0.1)
+    gain_mm_mV: float = _key(10.0, "height of a millivolt", low=0.1)
     grid: str = _key("pink", "grid colour", choices=("pink", "blue", "grey", "none"))
     student_size: tuple[int, ...] | None = _key(None, "page size for the student [width, height]")
     teacher_size: tuple[int, ...] | None = _key(None, "page size for the teacher [width, height]")
@@ -79,7 +78,7 @@ class TrainConfig:
     packing: str = _key(
         "auto",
         "all questions about a page in one sequence (auto: if proven equal at start)",
-        choices=("auto", "on", "off"),
+        choices=("auto", "always", "never"),
     )
     workers: int = _key(0, "loader processes", low=0)
 
@@ -318,10 +317,8 @@ def _check(value: Any, hint: Any, meta: typing.Mapping[str, Any], *, where: str,
             return tuple(value)
         raise EvlecgError(f"{key} must be a list of {item.__name__}, not {value!r}", where=where)
     if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            pass
     if type(value) is not wanted:
         raise EvlecgError(f"{key} must be {wanted.__name__}, not {value!r}", where=where)
     if meta["choices"] and value not in meta["choices"]:

@@ -18,3 +18,23 @@ def shared_data() -> Path:
             pytest.fail(f"EVLECG_REQUIRE_SHARED=1, but {SHARED_DATA} is missing")
         pytest.skip(f"recorded ECGs are not beside this checkout ({SHARED_DATA})")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny checkpoints on disk, one a family (and Idefics3 with tiles), all different in tokenizer and token count."""
+    from tests import tiny
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    made = {name: build(root / name) for name, build in tiny.FAMILIES.items()}
+    return made | {"idefics3_tiles": tiny.idefics3(root / "idefics3_tiles", tiles=True)}
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared folder of synthetic records."""
+    from evlecg.prepare import prepare
+
+    out = tmp_path_factory.mktemp("data") / "synthetic"
+    prepare("synthetic", source=None, out=out, counts={"train": 24, "val": 8, "test": 16}, seed=3)
+    return out

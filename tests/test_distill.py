@@ -1,0 +1,166 @@
+"""The training job on tiny models: what it leaves, that it learns, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evlecg.distill import _grouped, distill
+from evlecg.errors import EvlecgError
+from evlecg.models.batch import epoch_batches, epoch_order
+from evlecg.recipe import load_recipe, parse_set
+
+LABELS = "data.labels=[NORM, MI]"
+
+
+def recipe(checkpoints, *sets, teacher="llava", student="idefics3"):
+    chosen = {
+        "teacher": str(checkpoints[teacher]) if teacher != "none" else "none",
+        "student": str(checkpoints[student]),
+        "train.batch_size": 8,
+        "train.epochs": 2,
+        "train.lr": 1e-3,
+        "log.every": 1,
+        "threads": 1,
+    }
+    return load_recipe(None, chosen | parse_set([LABELS, *sets]))
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return load_file(run / "student" / "model.safetensors")
+
+
+ALL_TERMS = (
+    "objective.lambda_m=0.3", "objective.lambda_r=1", "objective.lambda_ot=0.5", "log.gradients_every=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("llava", "idefics3"), ("idefics3_tiles", "llava"), ("qwen2_vl", "idefics3"), ("llava", "qwen2_vl")],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_every_term_trains_every_pair(checkpoints, synthetic, tmp_path, teacher, student, strict):
+    run = tmp_path / "run"
+    chosen = recipe(checkpoints, *ALL_TERMS, f"objective.strict={str(strict).lower()}", "train.max_steps=3",
+                    teacher=teacher, student=student)  # fmt: skip
+    result = distill(chosen, data=synthetic, out=run)
+    assert result.steps == 3 and result.n_train == 24
+    first = rows(run)[0]
+    assert {"ce", "mhca", "rel", "ot"} <= set(first["terms"])
+    assert all(math.isfinite(value) and value >= 0 for value in first["terms"].values())
+    assert sum(first["weighted"].values()) == pytest.approx(first["loss"], rel=1e-5)
+    assert all(first["gradients"][name] > 0 for name in ("ce", "mhca", "rel", "ot"))
+    before = load_file(checkpoints[student] / "model.safetensors")
+    after = weights(run)
+    assert set(after) == set(before), "nothing that only training needs is saved with the student"
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_run_leaves_what_it_promises(checkpoints, synthetic, tmp_path):
+    run = tmp_path / "run"
+    distill(recipe(checkpoints), data=synthetic, out=run)
+    assert {item.name for item in run.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "student", "checkpoints", "run.json",
+    }  # fmt: skip
+    assert load_recipe(str(run / "recipe.yaml")) == recipe(checkpoints)
+    made = json.loads((run / "run.json").read_text())
+    assert made["checks"]["packed"] is True
+    assert made["checks"]["teacher"]["visual_tokens"] == 16 and made["checks"]["student"]["visual_tokens"] == 4
+    assert [item.name for item in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit_and_another_seed_is_not(checkpoints, synthetic, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        distill(recipe(checkpoints, f"seed={seed}", "train.max_steps=2"), data=synthetic, out=tmp_path / name)
+    first, again, other = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_training_learns_what_a_page_shows(checkpoints, synthetic, tmp_path):
+    chosen = recipe(checkpoints, "train.epochs=40", "train.lr=3e-3", "train.warmup=0.1", teacher="none")
+    distill(chosen, data=synthetic, out=tmp_path / "run")
+    losses = [row["terms"]["ce"] for row in rows(tmp_path / "run")]
+    assert np.mean(losses[-3:]) < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])  # within the first epoch, and within the second
+def test_a_resumed_run_is_the_uninterrupted_one(checkpoints, synthetic, tmp_path, stop_at):
+    chosen = recipe(checkpoints, *ALL_TERMS, "checkpoint.every=1", "checkpoint.keep_last=9")
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    distill(chosen, data=synthetic, out=whole)
+    shutil.copytree(whole, halved)
+    for folder in (halved / "checkpoints").iterdir():  # as if it had been killed just after step `stop_at`
+        if int(folder.name.removeprefix("step-")) > stop_at:
+            shutil.rmtree(folder)
+    shutil.rmtree(halved / "student")
+    distill(chosen, data=synthetic, out=halved, resume=True)
+    expected, found = weights(whole), weights(halved)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [row["step"] for row in rows(halved)] == [row["step"] for row in rows(whole)]
+    assert [row["loss"] for row in rows(halved)] == [row["loss"] for row in rows(whole)]
+
+
+def test_accumulated_batches_make_one_step(checkpoints, synthetic, tmp_path):
+    distill(recipe(checkpoints, "train.accumulation=2", "train.epochs=1"), data=synthetic, out=tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]  # three batches: two, then one
+    assert list(_grouped(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_every_record_is_read_once_an_epoch_by_exactly_one_process():
+    assert sorted(epoch_order(10, seed=0, epoch=0)) == list(range(10))
+    assert not np.array_equal(epoch_order(10, seed=0, epoch=0), epoch_order(10, seed=0, epoch=1))
+    shares = [epoch_batches(23, 4, seed=0, epoch=3, process=p, processes=2) for p in (0, 1)]
+    assert len(shares[0]) == len(shares[1]) == 3
+    read = np.concatenate([batch for share in shares for batch in share])
+    assert sorted(read) == list(range(23))
+
+
+def test_frozen_vision_towers_stay(checkpoints, synthetic, tmp_path):
+    distill(recipe(checkpoints, "train.freeze_vision=true", "train.max_steps=2"), data=synthetic, out=tmp_path / "run")
+    before, after = load_file(checkpoints["idefics3"] / "model.safetensors"), weights(tmp_path / "run")
+    vision = [name for name in before if "vision_model" in name]
+    assert vision and all(torch.equal(before[name], after[name]) for name in vision)
+    assert not torch.equal(before["model.connector.modality_projection.proj.weight"],
+                           after["model.connector.modality_projection.proj.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["data.labels=[NROM]"], "did you mean 'NORM'"),
+        (["data.question=Is it normal?"], "no place for the label"),
+        (["page.student_size=[10]"], "page size"),
+        (["train.packing=always", "student=QWEN"], "cannot pack"),
+    ],
+)
+def test_bad_input_leaves_nothing(checkpoints, synthetic, tmp_path, sets, said):
+    sets = [item.replace("QWEN", str(checkpoints["qwen2_vl"])) for item in sets]
+    with pytest.raises(EvlecgError, match=said):
+        distill(recipe(checkpoints, *sets), data=synthetic, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_not_overwritten_by_accident(checkpoints, synthetic, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "precious.txt").write_text("x")
+    with pytest.raises(EvlecgError, match="not empty"):
+        distill(recipe(checkpoints), data=synthetic, out=run)
+    with pytest.raises(EvlecgError, match="not a run"):
+        distill(recipe(checkpoints), data=synthetic, out=run, overwrite=True)
+    with pytest.raises(EvlecgError, match="no run to resume"):
+        distill(recipe(checkpoints), data=synthetic, out=tmp_path / "none", resume=True)
+    assert (run / "precious.txt").read_text() == "x"

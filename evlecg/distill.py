@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from evlecg.data.store import Prepared
-from evlecg.data.tasks import YES_NO, chosen_labels, label_samples
+from evlecg.data.tasks import chosen_labels, label_samples
 from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import new_folder, write_text_atomic
 from evlecg.models import load as models
+from evlecg.models.trained import TrainedWith
 from evlecg.page.render import page_style
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
@@ -66,7 +67,7 @@ def distill(
     start_s = time.monotonic()
     prepared = Prepared.open(data)
     labels = chosen_labels(prepared, recipe.data)
-    indices = prepared.indices("train")[: recipe.data.max_train]
+    indices = prepared.indices("train")[: recipe.data.max_train].tolist()
     samples = label_samples(prepared, indices, labels, recipe.data.question)
     if not samples:
         raise EvlecgError("the prepared folder has no training record with an assessed label", where=data)
@@ -434,23 +435,19 @@ def _save_student(job: _Job, out: Path) -> None:
     with new_folder(out / "student", overwrite=True) as partial:
         model.save_pretrained(partial)
         job.student.processor.save_pretrained(partial)
-        write_text_atomic(partial / "evlecg.json", json.dumps(_trained_with(job), indent=2) + "\n")
+        _trained_with(job).write(partial)
 
 
-def _trained_with(job: _Job) -> dict[str, Any]:
-    """evlecg.json: what a reader of the student has to ask it, and on what pages, to get what it was trained for."""
-    tree = job.recipe.to_dict()
-    return {
-        "question": job.recipe.data.question,
-        "answers": list(YES_NO),
-        "labels": {
-            name: job.prepared.label_descriptions[name] for name in chosen_labels(job.prepared, job.recipe.data)
-        },
-        "page": tree["page"] | {"student_size": list(job.builder.student.size_px)},
-        "method": job.recipe.effective_method,
-        "teacher": job.recipe.teacher if job.recipe.needs_teacher else None,
-        "recipe_fingerprint": job.recipe.fingerprint(),
-    }
+def _trained_with(job: _Job) -> TrainedWith:
+    recipe = job.recipe
+    return TrainedWith(
+        question=recipe.data.question,
+        labels={name: job.prepared.label_descriptions[name] for name in chosen_labels(job.prepared, recipe.data)},
+        page=dataclasses.replace(recipe.page, student_size=job.builder.student.size_px),
+        method=recipe.effective_method,
+        teacher=recipe.teacher if recipe.needs_teacher else None,
+        recipe_fingerprint=recipe.fingerprint(),
+    )
 
 
 def _provenance(job: _Job, result: RunResult, labels: tuple[str, ...]) -> dict[str, Any]:

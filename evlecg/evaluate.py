@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from evlecg.errors import EvlecgError
 from evlecg.files import new_folder
 from evlecg.metrics import N_BOOT, Difference, bootstrap_auc, paired_difference
 from evlecg.models import load as models
+from evlecg.models.trained import trained_with
 from evlecg.page.render import page_style
 from evlecg.progress import Progress
 from evlecg.recipe import DataConfig, PageConfig
@@ -48,7 +47,7 @@ def evaluate(
         data: prepared folder.
         out: folder for report.json, report.md and predictions.jsonl; appears whole or not at all.
         split: train, val, test or all.
-        labels: codes to score; empty: all that the folder assessed.
+        labels: codes to score; empty: those it was trained on that the folder assessed, else all of the folder's.
         question: wording; None: the one that the model was trained with, else the default.
         page: page style; None: as trained, else the default.
         batch_size: records a forward pass.
@@ -61,12 +60,12 @@ def evaluate(
     prepared = Prepared.open(data)
     if split not in SPLIT_NAMES:
         raise EvlecgError(f"unknown split {split!r}", where="--split", hint=f"one of {', '.join(SPLIT_NAMES)}")
-    trained = trained_with(model)
-    question = question or trained.get("question") or DataConfig().question
-    page = page or PageConfig(**_page_keys(trained.get("page", {})))
-    names = chosen_labels(prepared, DataConfig(labels=labels, question=question))
-    indices = np.arange(len(prepared)) if split == "all" else prepared.indices(split)
-    samples = label_samples(prepared, indices[:max_records], names, question)
+    trained = trained_with(Path(models.resolve(model)[0]))
+    wording = question or trained.question
+    known = tuple(label for label in trained.labels if label in prepared.label_names)
+    names = chosen_labels(prepared, DataConfig(labels=labels or known, question=wording))
+    indices = range(len(prepared)) if split == "all" else prepared.indices(split).tolist()
+    samples = label_samples(prepared, indices[:max_records], names, wording)
     if not samples:
         raise EvlecgError(f"the split {split!r} has no record with an assessed label", where=data,
                           hint="--split all, or prepare more records")  # fmt: skip
@@ -74,8 +73,8 @@ def evaluate(
     checkpoint = models.inspect(model)
     with new_folder(out, overwrite) as folder:
         loaded = models.load(checkpoint, dtype=dtype)
-        packing = _predict(loaded, prepared, samples, page, batch_size, folder, progress, model)
-        report = _report(model, prepared, split, names, folder, n_boot, question, packing, loaded)
+        packing = _predict(loaded, prepared, samples, page or trained.page, batch_size, folder, progress, model)
+        report = _report(model, prepared, split, names, folder, n_boot, wording, packing, loaded)
         write_report(report, folder)
     return report
 
@@ -169,18 +168,3 @@ def paired(report_a: Path, report_b: Path, *, n_boot: int = N_BOOT) -> Differenc
     order = {record: index for index, record in enumerate(ids_b)}
     score_b = score_b[[order[record] for record in ids_a]]
     return paired_difference(score_a, score_b, truth_NK, patients, n_boot=n_boot, seed=0)
-
-
-def trained_with(model: str) -> dict[str, Any]:
-    """evlecg.json beside a model that evlecg trained: wording, labels, page; empty for any other checkpoint."""
-    source, _ = models.resolve(model)
-    path = Path(source) / "evlecg.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise EvlecgError("evlecg.json is not valid JSON", where=path) from error
-
-
-def _page_keys(page: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(PageConfig)}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in page.items() if key in known}

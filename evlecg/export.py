@@ -11,9 +11,10 @@ from evlecg import __version__
 from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import new_folder, sha256_file, write_text_atomic
 from evlecg.models import load as models
+from evlecg.models.trained import TrainedWith, trained_with
 from evlecg.page.render import page_style, render
 from evlecg.progress import Progress
-from evlecg.recipe import PageConfig, nearest
+from evlecg.recipe import nearest
 from evlecg.report import UNDEFINED
 
 FORMATS = ("safetensors",)
@@ -75,22 +76,21 @@ def export(
         progress.info(f"exporting {run} ({original.n_parameters:,} parameters)")
         original.model.save_pretrained(folder, max_shard_size="5GB")
         original.processor.save_pretrained(folder)
-        trained_with = Path(checkpoint.source) / "evlecg.json"
-        if trained_with.is_file():
-            write_text_atomic(folder / "evlecg.json", trained_with.read_text(encoding="utf-8"))
-        difference = _reloaded_difference(folder, original)
+        trained = trained_with(Path(checkpoint.source))
+        trained.write(folder)
+        difference = _reloaded_difference(folder, original, trained)
         if not difference <= LOGIT_TOLERANCE:
             raise RunFailed(f"the exported model's logits differ by {difference:.2e}", where=out,
                             hint="nothing was kept; please report this family")  # fmt: skip
         weights = sorted(folder.glob("*.safetensors"))
-        write_text_atomic(folder / "README.md", _card(run, folder, weights, original, difference))
+        write_text_atomic(folder / "README.md", _card(run, trained, weights, original, difference))
         n_bytes = sum(file.stat().st_size for file in weights)
         result = ExportResult(out, out / weights[0].name, original.n_parameters, n_bytes, difference)
     progress.info(f"exported to {out}; reloaded by plain transformers, largest logit difference {difference:.1e}")
     return result
 
 
-def _reloaded_difference(folder: Path, original: models.Loaded) -> float:
+def _reloaded_difference(folder: Path, original: models.Loaded, trained: TrainedWith) -> float:
     """Largest absolute difference between the logits of the run's student and of the exported files."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -98,11 +98,10 @@ def _reloaded_difference(folder: Path, original: models.Loaded) -> float:
     from evlecg.data.synthetic import generate
     from evlecg.models.encode import Encoder, Turn
 
-    about = json.loads((folder / "evlecg.json").read_text()) if (folder / "evlecg.json").is_file() else {}
-    page = PageConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in about.get("page", {}).items()})
+    page = trained.page
     size = (page.student_size[0], page.student_size[1]) if page.student_size else None
     record = next(generate({"test": 1}, seed=0))
-    question = about.get("question", "Does this ECG show {description}?").replace("{description}", "a normal tracing")
+    question = trained.question.replace("{description}", "a normal tracing")
     with models.quiet():
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=original.model.dtype)
         processor = AutoProcessor.from_pretrained(folder)
@@ -116,31 +115,28 @@ def _reloaded_difference(folder: Path, original: models.Loaded) -> float:
     return float((logits[0] - logits[1]).abs().max())
 
 
-def _card(run: Path, folder: Path, weights: list[Path], original: models.Loaded, difference: float) -> str:
+def _card(run: Path, trained: TrainedWith, weights: list[Path], original: models.Loaded, difference: float) -> str:
     """The model card, every figure read from the run's files."""
     made = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
-    about = json.loads((folder / "evlecg.json").read_text()) if (folder / "evlecg.json").is_file() else {}
     head = "\n".join(
         ["---", "library_name: transformers", "pipeline_tag: image-text-to-text",
          "tags: [ecg, knowledge-distillation, evlecg]", "---"]
     )  # fmt: skip
-    asked = about.get("question", "")
-    labels = about.get("labels", {})
     lines = [
         head,
         "",
         f"# {run.resolve().name}: a distilled ECG model",
         "",
         f"A {original.checkpoint.model_type} model of {original.n_parameters:,} parameters, trained with evlecg "
-        f"{__version__} (method `{about.get('method', UNDEFINED)}`, teacher `{about.get('teacher') or 'none'}`).",
+        f"{__version__} (method `{trained.method or UNDEFINED}`, teacher `{trained.teacher or 'none'}`).",
         "",
         "**Not a medical device.** For research; no diagnosis may rest on it.",
         "",
         "## What it answers",
         "",
-        f"One question a label, answered yes or no: \"{asked}\"" if asked else "Unknown: no evlecg.json.",
+        f"One question a label, answered yes or no: \"{trained.question}\"",
         "",
-        *(f"- `{label}`: {phrase}" for label, phrase in labels.items()),
+        *(f"- `{label}`: {phrase}" for label, phrase in trained.labels.items()),
         "",
         "## Results",
         "",

@@ -234,6 +234,11 @@ def load_recipe(name_or_path: str | None, overrides: dict[str, Any] | None = Non
     return _build(Recipe, tree, where=where, prefix="")
 
 
+def section(kind: type, tree: dict[str, Any], *, where: str) -> Any:
+    """One section of a recipe (`PageConfig`, ...) from plain values, as strictly as a whole recipe."""
+    return _build(kind, tree, where=where, prefix="")
+
+
 def parse_set(assignments: list[str]) -> dict[str, Any]:
     """`["train.lr=1e-4"]` -> `{"train.lr": 1e-4}`; the value is read as YAML."""
     result: dict[str, Any] = {}

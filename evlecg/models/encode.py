@@ -119,10 +119,6 @@ class Encoder:
         inputs = {key: value for key, value in rows.items() if key not in taken} | side
         return self._side(inputs, built, layout)
 
-    def question_token_count(self, turn: Turn) -> int:
-        """Tokens behind the image: what one more question costs."""
-        return len(self._tail(turn).ids)
-
     def answer_ids(self, turn: Turn) -> tuple[int, ...]:
         """Ids of the answer's tokens, in their context."""
         tail = self._tail(turn)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect as python_inspect
-import json
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -166,7 +165,7 @@ def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Lo
         return Loaded(checkpoint, model, processor)
     try:
         with quiet():
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            model, info = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]
                 checkpoint.source, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:
@@ -190,21 +189,6 @@ def weights_hash(checkpoint: Checkpoint) -> str | None:
     if not files:
         return None
     return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
-
-
-def parameter_count(folder: Path) -> int:
-    """Numbers in all safetensors files of a folder, from their headers."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                size = 1
-                for side in entry["shape"]:
-                    size *= side
-                total += size
-    return total
 
 
 def _first_line(error: Exception) -> str:

@@ -133,7 +133,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     from evlecg.losses.objective import METHODS
     from evlecg.models.batch import BatchBuilder, epoch_batches
     from evlecg.models.encode import Encoder
-    from evlecg.teacher import LiveTeacher
+    from evlecg.teacher import LiveTeacher, RememberingTeacher
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -165,6 +165,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
         student_width=student.checkpoint.width,
         teacher_width=teacher.checkpoint.width if teacher is not None else None,
     )
+    needs = objective.needs
     groups = [
         {"params": [p for p in student.model.parameters() if p.requires_grad], "lr": train.lr},
         {"params": list(objective.parameters()), "lr": train.aligner_lr or train.lr},
@@ -186,7 +187,11 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     if any(True for _ in objective.parameters()):
         objective = accelerator.prepare(objective)
     accelerator.register_for_checkpointing(schedule)
-    signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer) if teacher is not None else None
+    signal = None
+    if teacher is not None:
+        signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer)
+        if train.remember_teacher:
+            signal = RememberingTeacher(signal, needs)
     return _Job(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,

@@ -125,7 +125,7 @@ def _card(run: Path, trained: TrainedWith, weights: list[Path], original: models
     lines = [
         head,
         "",
-        f"# {run.resolve().name}: a distilled ECG model",
+        f"# {run.resolve().name}: an ECG model",
         "",
         f"A {original.checkpoint.model_type} model of {original.n_parameters:,} parameters, trained with evlecg "
         f"{__version__} (method `{trained.method or UNDEFINED}`, teacher `{trained.teacher or 'none'}`).",

@@ -80,6 +80,9 @@ class TrainConfig:
         "all questions about a page in one sequence (auto: if proven equal at start)",
         choices=("auto", "always", "never"),
     )
+    remember_teacher: bool = _key(
+        False, "run the teacher once a record and keep its outputs in memory (equal to rounding, not to the bit)"
+    )
     workers: int = _key(0, "loader processes", low=0)
 
 

@@ -132,6 +132,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
 
     from evlecg.losses.objective import METHODS
     from evlecg.models.batch import BatchBuilder, epoch_batches
+    from evlecg.models.checks import freeze_vision, startup_checks
     from evlecg.models.encode import Encoder
     from evlecg.teacher import LiveTeacher, RememberingTeacher
 
@@ -147,7 +148,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     student = models.load(student_checkpoint, dtype=train.dtype, seed=recipe.seed)
     teacher = models.load(teacher_checkpoint, dtype=train.teacher_dtype) if teacher_checkpoint else None
     if train.freeze_vision:
-        _freeze_vision(student)
+        freeze_vision(student)
     style = page_style(recipe.page)
     student_encoder = Encoder(student.checkpoint, student.processor, size_px=_pair(recipe.page.student_size))
     teacher_encoder = None
@@ -157,7 +158,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     student.model.to(accelerator.device)
 
     unpacked = BatchBuilder(prepared, samples, style, student_encoder, teacher_encoder, packed=False)
-    packed, checks = _startup_checks(recipe, unpacked, student, teacher, progress)
+    packed, checks = startup_checks(recipe, unpacked, student, teacher, progress)
     builder = dataclasses.replace(unpacked, packed=packed)
 
     objective = method(
@@ -197,56 +198,6 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
         checks=checks,
     )  # fmt: skip
-
-
-def _startup_checks(
-    recipe: Recipe, unpacked: Any, student: models.Loaded, teacher: models.Loaded | None, progress: Progress
-) -> tuple[bool, dict[str, Any]]:
-    """What must hold before a step is worth taking, said on the way: packing, answers, visual tokens, image seen."""
-    from evlecg.models.batch import draw
-    from evlecg.models.encode import Turn
-    from evlecg.models.outputs import can_pack, image_matters, to_device
-
-    sample = max(unpacked.samples[:64], key=lambda candidate: len(candidate.questions))
-    turns = [Turn(question.text, question.answer) for question in sample.questions]
-    packed = recipe.train.packing != "never" and len(turns) > 1
-    checks: dict[str, Any] = {"packed": packed}
-    sides = [("student", student, unpacked.student)]
-    if teacher is not None:
-        sides.append(("teacher", teacher, unpacked.teacher))
-    for role, loaded, encoder in sides:
-        page = draw(unpacked.prepared, sample.record_index, encoder.size_px, unpacked.style)
-        side = to_device(encoder.encode([page.pixels], [turns[:1]], page.layout), loaded.model.device)
-        if len(side.answer_A2) == 0:
-            raise EvlecgError("no answer token is left to learn from", where=loaded.checkpoint.name,
-                              hint="the chat template drops the assistant's text")  # fmt: skip
-        matters = image_matters(loaded, side)
-        told = {
-            "family": loaded.checkpoint.model_type,
-            "parameters": loaded.n_parameters,
-            "page_px": list(encoder.size_px),
-            "visual_tokens": int(side.visual_BS[0].sum()),
-            "sequence": int(side.valid_BS[0].sum()),
-            "vocabulary": loaded.checkpoint.vocab_size,
-            "image_effect": matters,
-        }
-        checks[role] = told
-        progress.info(
-            f"{role}: {loaded.checkpoint.name} ({told['family']}, {told['parameters']:,} parameters), page "
-            f"{told['page_px'][0]}x{told['page_px'][1]} px, {told['visual_tokens']} visual tokens, "
-            f"vocabulary {told['vocabulary']}"
-        )
-        if matters < 1e-5:
-            raise EvlecgError(f"the {role}'s answer does not change when its page is blanked",
-                              where=loaded.checkpoint.name, hint="the image does not reach the model")  # fmt: skip
-        if packed:
-            able, why = can_pack(loaded, encoder, page.pixels, turns, page.layout)
-            if not able and recipe.train.packing == "always":
-                raise EvlecgError(f"the {role} cannot pack questions", where=loaded.checkpoint.name, hint=why)
-            if not able:
-                progress.detail(f"{role} cannot pack questions ({why}): one row a question")
-            packed = checks["packed"] = packed and able
-    return packed, checks
 
 
 def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[str, Any]:
@@ -484,20 +435,6 @@ def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
         raise EvlecgError("the run folder is not empty", where=out, hint="another --out, --resume or --overwrite")
     if any(out.iterdir()) and not (out / "recipe.yaml").is_file():
         raise EvlecgError("the folder to overwrite is not a run", where=out, hint="choose another --out")
-
-
-def _freeze_vision(student: models.Loaded) -> None:
-    frozen = 0
-    for name, parameter in student.model.named_parameters():
-        parts = name.split(".")
-        if any(part in ("vision_tower", "vision_model", "visual", "vision_encoder") for part in parts) and not any(
-            "merger" in part or "projector" in part for part in parts
-        ):
-            parameter.requires_grad_(False)
-            frozen += 1
-    if not frozen:
-        raise EvlecgError("train.freeze_vision finds no vision tower", where=student.checkpoint.name,
-                          hint="set train.freeze_vision=false")  # fmt: skip
 
 
 def _pair(size: tuple[int, ...] | None) -> tuple[int, int] | None:

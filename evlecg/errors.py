@@ -30,9 +30,3 @@ class RunFailed(EvlecgError):
     """The input was fine, the run was not (a loss that is not finite, an export that does not reload)."""
 
     exit_code = 1
-
-
-class GateNotMet(EvlecgError):
-    """Everything ran, and a quality gate that the user set was not met."""
-
-    exit_code = 3

@@ -22,7 +22,7 @@ from evlecg.files import write_text_atomic
 from evlecg.metrics import Difference
 from evlecg.prepare import find_dataset, prepare
 from evlecg.progress import Progress
-from evlecg.recipe import Recipe
+from evlecg.recipe import Recipe, nearest
 from evlecg.report import Report, comparison_dict, comparison_markdown
 
 DATA_ROOT = Path("data")
@@ -75,9 +75,6 @@ def run_line(
     finish = recipe.finish
     run = distill(recipe, data=data, out=out, resume=resume, overwrite=overwrite, progress=progress)
     point_latest(out)
-    main = os.environ.get("RANK", "0") == "0"  # under accelerate launch one process reports and exports
-    if not main:
-        return LineResult(run, data, [], None, None)
     distils = recipe.needs_teacher
     control = out / "control"
     if finish.control and distils:
@@ -85,6 +82,8 @@ def run_line(
         done = (control / "run.json").is_file()
         if not (resume and done):
             distill(sft, data=data, out=control, resume=resume and control.is_dir(), progress=progress)
+    if os.environ.get("RANK", "0") != "0":  # under accelerate launch all train, one process reports and exports
+        return LineResult(run, data, [], None, None)
     reports: list[tuple[str, Report]] = []
     gain = None
     if finish.eval_split != "none":
@@ -156,8 +155,6 @@ def named_data(name_or_dir: str, recipe: Recipe | None = None, progress: Progres
             f"{name_or_dir} is not in {' or '.join(str(root) for root in data_roots())}",
             hint="get and prepare it: " + " && ".join(steps),
         )
-    from evlecg.recipe import nearest
-
     raise EvlecgError(f"no dataset and no prepared folder {name_or_dir!r}", hint=nearest(name_or_dir, READERS))
 
 

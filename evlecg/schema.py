@@ -26,20 +26,46 @@ SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
+class Question:
+    """One question about a page, its right answer, and the answers it can have.
+
+    Attributes:
+        text: what is asked, without any chat markup or image placeholder.
+        answer: the right answer; empty where it is unknown (prediction only).
+        choices: answers that likelihoods are compared between; empty for free text.
+        label: the label code that the question asks about, or None.
+        kind: its task (`yes_no`, `choose_all`, `multiple_choice`, `report`), or the dataset's own name for it.
+        history: earlier turns of its dialogue, (question, answer) pairs.
+        id: of the dialogue item in its dataset, for joining predictions; empty where it has none.
+    """
+
+    text: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    label: str | None = None
+    kind: str = "yes_no"
+    history: tuple[tuple[str, str], ...] = ()
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Record:
-    """One 12-lead ECG.
+    """One 12-lead ECG: a signal, or the picture of a page where the dataset has nothing else.
 
     Attributes:
         id: unique within its dataset; letters, digits, `_`, `-`, `.` and `/` only.
         patient_id: records of one patient share it and never cross a split.
-        signal_mV: float32 [12, T] in the order of `LEADS`, millivolt, finite.
-        fs_hz: samples a second.
+        signal_mV: float32 [12, T] in the order of `LEADS`, millivolt, finite; [12, 0] for a picture.
+        fs_hz: samples a second; 0 for a picture.
         labels: label code -> present or not; a code that is absent was not assessed.
         split: one of `SPLITS`.
         age: years, None where unknown (PTB-XL's 300 is read as 90).
         sex: "F", "M" or None.
         report: free text of the reader; empty where there is none.
         repairs: what was mended on the way in, one short phrase each.
+        device: the recorder's model, "" where unknown.
+        image: an encoded PNG or JPEG; empty for a signal.
+        questions: a dialogue dataset's own questions about it.
     """
 
     id: str
@@ -52,37 +78,26 @@ class Record:
     sex: str | None = None
     report: str = ""
     repairs: tuple[str, ...] = ()
+    device: str = ""
+    image: bytes = b""
+    questions: tuple[Question, ...] = ()
 
     def __post_init__(self) -> None:
         if self.signal_mV.ndim != 2 or self.signal_mV.shape[0] != len(LEADS):
             raise EvlecgError(
                 f"a record holds a signal of shape {self.signal_mV.shape}, not [12, samples]", where=self.id
             )
-        if not self.fs_hz > 0:
+        if self.image and self.signal_mV.size:
+            raise EvlecgError("a record holds a signal and a picture", where=self.id)
+        if not self.image and not self.fs_hz > 0:
             raise EvlecgError(f"a record has a sampling rate of {self.fs_hz} Hz", where=self.id)
         if self.split not in SPLITS:
             raise EvlecgError(f"a record belongs to the split {self.split!r}", where=self.id)
 
     @property
     def duration_s(self) -> float:
-        return self.signal_mV.shape[1] / self.fs_hz
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about a page, its right answer, and the answers it can have.
-
-    Attributes:
-        text: what is asked, without any chat markup or image placeholder.
-        answer: the right answer; empty where it is unknown (prediction only).
-        choices: answers that likelihoods are compared between; empty for free text.
-        label: the label code that the question asks about, or None.
-    """
-
-    text: str
-    answer: str
-    choices: tuple[str, ...] = ()
-    label: str | None = None
+        """Seconds; 0 for a picture."""
+        return self.signal_mV.shape[1] / self.fs_hz if self.fs_hz else 0.0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ class Reader:
         open: source folder (None for generated data) and options -> `Reading`.
         is_home: whether a folder is its top folder; None where there is no folder.
         merge: its files may be spread over sibling folders.
-        rates_hz: sampling rates to choose from; empty where there is no choice.
+        rates_hz: sampling rates that were published; empty where there is no choice.
+        n_records: as published; None where it depends on what the user brings.
+        download_GB: size of the download, 1e9 bytes; None where it depends on the user.
+        access: "open", or what a reader has to do first ("PhysioNet credentialed", ...).
     """
 
     title: str
@@ -48,6 +51,9 @@ class Reader:
     is_home: Callable[[Path], bool] | None
     merge: bool = False
     rates_hz: tuple[int, ...] = ()
+    n_records: int | None = None
+    download_GB: float | None = None
+    access: str = "open"
 
     @property
     def needs_source(self) -> bool:

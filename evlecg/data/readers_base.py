@@ -47,12 +47,16 @@ class ReadOptions:
         seed: of the split, where the dataset brings none.
         fs_hz: which of several published sampling rates; None for the reader's default.
         counts: split -> records, for generated datasets.
+        signals: where the signals lie that a dialogue dataset points to: root name (`ptb-xl`, `mimic`, ...) -> folder.
+        table: CSV with the labels of a folder that has none of its own.
     """
 
     labels: tuple[str, ...]
     seed: int = 0
     fs_hz: int | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    signals: Mapping[str, Path] = field(default_factory=dict)
+    table: Path | None = None
 
 
 class Source:
@@ -79,6 +83,17 @@ class Source:
         data = self.path(relative).read_bytes()
         self._sha256[relative] = (len(data), hashlib.sha256(data).hexdigest())
         return data
+
+    def note(self, relative: str) -> Path:
+        """A file that is too large to be read at once: its size enters the provenance, its hash does not.
+
+        Raises:
+            Unfit: the path leads out of the source folder.
+            OSError: the file is missing.
+        """
+        path = self.path(relative)
+        self._sha256[relative] = (path.stat().st_size, "")
+        return path
 
     def text(self, relative: str) -> str:
         """A text file, with any byte-order mark dropped."""
@@ -120,19 +135,23 @@ class Source:
 class Reading:
     """An opened dataset: what there is, and how one of them is read.
 
-    `entries` and `read` are apart so that the entries can be shared out over processes.
+    `entries` is iterated once, by the main process, which hands them out; `read` is called in worker processes, each
+    of which opens the dataset for itself. So an entry is a small value that can be pickled, and opening is cheap:
+    whatever needs a pass over a large table belongs into a lazy `entries`, and what `read` needs of it into the entry.
 
     Attributes:
-        total: number of entries.
-        entries: one small value for each record.
+        total: number of entries; None where only iterating them tells.
+        entries: one value for each record, in an order that never changes.
         name: entry -> record id.
         read: entry -> record; raises Unfit or Dropped, or OSError, ValueError, LookupError on unreadable files.
+        shard: entries that a worker takes at a time.
     """
 
-    total: int
+    total: int | None
     entries: Iterable[Any]
     name: Callable[[Any], str]
     read: Callable[[Any], Record]
+    shard: int = 256
 
     def records(self) -> Iterator[Record | Rejected]:
         """Every entry, in order; one bad file never stops the run."""

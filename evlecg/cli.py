@@ -62,45 +62,78 @@ def _root(
 
 
 @app.command(
-    epilog="Example: evlecg prepare --dataset ptbxl --source ~/ptb-xl/1.0.3 --out data/ptbxl",
+    epilog="Examples: evlecg prepare --list · "
+    "evlecg prepare --dataset ptbxl --source ~/ptb-xl/1.0.3 --out data/ptbxl · "
+    "evlecg prepare --dataset ecgqa --source ecg-qa --signals ptb-xl=~/ptb-xl/1.0.3 --out data/ecgqa · "
+    "accelerate launch --num_processes 8 -m evlecg.cli prepare --dataset mimic-iv-ecg --source DIR --out data/mimic",
 )
 def prepare(
-    dataset: Annotated[str, typer.Option(help="Dataset name, or synthetic.")],
-    out: Annotated[Path, typer.Option(help="Prepared folder to write.")],
+    dataset: Annotated[str | None, typer.Option(help="Dataset name (--list shows all).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Prepared folder to write.")] = None,
     source: Annotated[Path | None, typer.Option(help="The download as published (not needed for synthetic).")] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Label set, or several joined by +; default: the dataset's.")
+        str | None, typer.Option(help="Label set, or several joined by + (--list-labels); default: the dataset's.")
     ] = None,
-    fs: Annotated[int | None, typer.Option(help="Sampling rate in Hz, where several are published.")] = None,
+    fs: Annotated[
+        int | None, typer.Option(help="Sampling rate in Hz: as published where it was, else resampled to it.")
+    ] = None,
+    signals: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROOT=DIR", help="Where the signals of a dialogue dataset lie, repeatable."),
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="CSV of labels, for a folder that has none of its own.")] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="Prepared folder whose signals are left out, whatever their names; repeatable."),
+    ] = None,
     train: Annotated[int, typer.Option(help="Synthetic training records.", min=1)] = 1000,
     val: Annotated[int, typer.Option(help="Synthetic validation records.", min=1)] = 300,
     test: Annotated[int, typer.Option(help="Synthetic test records.", min=1)] = 500,
     seed: Annotated[int, typer.Option(help="Of synthetic records, and of splits a dataset does not bring.", min=0)] = 0,
+    workers: Annotated[int | None, typer.Option(help="Reading processes (default: one a core).", min=1)] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any record is rejected.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show the datasets: size, access, licence, citation.")] = False,
+    list_labels: Annotated[bool, typer.Option("--list-labels", help="Show the label sets and equivalences.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Turn a dataset as published into a checked, patient-disjoint, memory-mapped folder."""
+    """Turn a dataset as published into a checked, patient-disjoint, memory-mapped folder.
+
+    An interrupted command goes on where it stopped when it is repeated; a finished one does nothing.
+    """
+    if list_ or list_labels:
+        return _print_catalogue(list_labels, as_json)
+    if dataset is None or out is None:
+        missing = "--dataset" if dataset is None else "--out"
+        hint = "evlecg prepare --dataset NAME --source DIR --out DIR; --list shows the names"
+        raise EvlecgError("prepare needs a dataset and a folder to write", where=missing, hint=hint)
     from evlecg.prepare import prepare as job
 
     counts = {"train": train, "val": val, "test": test}
     summary = job(
         dataset, source=source, out=out, labels=labels, overwrite=overwrite, strict=strict, seed=seed, fs=fs,
-        counts=counts if dataset == "synthetic" else None, progress=_progress(quiet, verbose),
+        counts=counts if dataset == "synthetic" else None, signals=_named_folders(signals or []), table=table,
+        exclude=tuple(exclude or ()), workers=workers, progress=_progress(quiet, verbose),
     )  # fmt: skip
+    if _rank():
+        return
     if as_json:
         return _print_json(summary.to_dict())
     splits = ", ".join(f"{name} {count}" for name, count in summary.splits.items())
     typer.echo(f"{summary.out}: {summary.n_kept} records of {summary.n_patients} patients ({splits})")
     typer.echo(
-        f"  read {summary.n_read}, repaired {summary.n_repaired}, rejected {summary.n_rejected}, "
-        f"dropped {summary.n_dropped}"
+        f"  read {summary.n_read}: kept {summary.n_kept} (of them repaired {summary.n_repaired}), "
+        f"rejected {summary.n_rejected}, dropped {summary.n_dropped}"
     )
-    for reason, count in summary.reasons.items():
-        typer.echo(f"  {count} x {reason}")
-    typer.echo("  positives: " + ", ".join(f"{label} {count}" for label, count in summary.positives.items()))
+    for verb, counted in (("repaired", summary.repairs), ("left out", summary.reasons)):
+        for what, count in counted.items():
+            typer.echo(f"  {verb} {count} x {what}")
+    if summary.positives:
+        typer.echo("  positives: " + ", ".join(f"{label} {count}" for label, count in summary.positives.items()))
+    if summary.n_questions:
+        typer.echo(f"  questions: {summary.n_questions}")
 
 
 @app.command(
@@ -259,8 +292,53 @@ def _fail(error: EvlecgError) -> None:
         _print_json({"error": {"what": error.what, "where": error.where, "hint": error.hint}})
 
 
+def _rank() -> int:
+    """Under accelerate launch one process speaks."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _named_folders(pairs: list[str]) -> dict[str, Path]:
+    folders = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise EvlecgError(
+                "--signals needs ROOT=DIR", where=pair, hint="for example --signals ptb-xl=~/ptb-xl/1.0.3"
+            )
+        folders[name] = Path(folder).expanduser()
+    return folders
+
+
+def _print_catalogue(labels: bool, as_json: bool) -> None:
+    from evlecg.data.catalogue import datasets, label_sets
+
+    if as_json:
+        return _print_json(label_sets() if labels else datasets())
+    if labels:
+        for name, codes in label_sets().items():
+            typer.echo(f"{name} ({len(codes)})")
+            for code, phrase in codes.items():
+                typer.echo(f"  {code:<8} {phrase}")
+        return
+    for name, about in datasets().items():
+        known = [
+            about["title"],
+            f"{about['records']:,} records" if about["records"] else "",
+            f"download {about['download_GB']:g} GB" if about["download_GB"] else "",
+            f"prepared about {about['prepared_GB']:g} GB" if about["prepared_GB"] else "",
+            about["licence"],
+            about["access"],
+        ]
+        typer.echo(f"{name}: " + " · ".join(part for part in known if part))
+        for key in ("needs", "labels", "citation", "url"):
+            if about[key]:
+                typer.echo(f"  {key}: {about[key]}")
+        for command in about["get"]:
+            typer.echo(f"  get: {command}")
+
+
 def _progress(quiet: bool, verbose: bool) -> Progress:
-    if int(os.environ.get("RANK", "0")) > 0:  # under accelerate launch one process speaks
+    if _rank():
         return Progress()
     return ConsoleProgress(-1 if quiet else int(verbose))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EvlecgError(Exception):
     """Bad input. The CLI prints it on one line and exits with `exit_code` 2.
@@ -20,10 +22,17 @@ class EvlecgError(Exception):
         self.hint = hint
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.what, self.where, self.hint)  # worker processes send it home
+
     def __str__(self) -> str:
         place = f" [{self.where}]" if self.where else ""
         advice = f" -> {self.hint}" if self.hint else ""
         return f"{self.what}{place}{advice}"
+
+
+def _rebuilt(kind: type[EvlecgError], what: str, where: str, hint: str) -> EvlecgError:
+    return kind(what, where=where, hint=hint)
 
 
 class RunFailed(EvlecgError):

@@ -10,11 +10,11 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from evlecg.errors import EvlecgError
+from evlecg.errors import EvlecgError, RunFailed
 
 READ_BYTES = 1 << 20
 
@@ -70,12 +70,78 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         _move_over(partial, out, shown)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            try:
-                parent.rmdir()
-            except OSError:  # someone else uses it by now
-                break
+        _remove_parents(made)
         raise
+
+
+@contextmanager
+def kept_folder(out: Path, overwrite: bool = False, *, keep: Callable[[Path], bool]) -> Iterator[Path]:
+    """As `new_folder`, for work that is worth going on with: an interrupted block leaves its folder for the next call.
+
+    The folder is `partial_folder(out)`. It goes when the block raises an `EvlecgError`
+    other than `RunFailed`: its input was bad.
+
+    Args:
+        out: the final folder; it may be missing or empty.
+        overwrite: replace a folder that is not empty, together with all that it holds.
+        keep: whether the work that an older block left there (the folder it is given) is to be gone on with.
+
+    Raises:
+        EvlecgError: as `new_folder`; or another process is at work there.
+    """
+    shown, out = out, out.resolve()
+    _check_replaceable(out, shown, overwrite)
+    made = _make_parents(out, shown)
+    partial = partial_folder(out)
+    try:
+        with _locked(partial.with_suffix(".lock"), shown):
+            if partial.exists() and not keep(partial):
+                shutil.rmtree(partial)
+            try:
+                partial.mkdir(exist_ok=True)
+            except OSError as error:
+                raise EvlecgError(f"a folder cannot be made: {error.strerror or error}", where=shown) from error
+            try:
+                yield partial
+            except RunFailed:  # its input was fine
+                raise
+            except EvlecgError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            _check_replaceable(out, shown, overwrite)
+            _move_over(partial, out, shown)
+    except EvlecgError:
+        _remove_parents(made)
+        raise
+
+
+def partial_folder(out: Path) -> Path:
+    """Where `kept_folder` works until `out` is complete."""
+    out = out.resolve()
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextmanager
+def _locked(lock: Path, shown: Path) -> Iterator[None]:
+    """Holds a lock that the system drops when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two jobs on one folder are not told apart there
+        yield
+        return
+    try:
+        file = lock.open("w")
+    except OSError as error:
+        raise EvlecgError(f"a folder cannot be made: {error.strerror or error}", where=shown) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EvlecgError("another process is writing this folder", where=shown) from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
@@ -127,6 +193,14 @@ def _make_parents(out: Path, shown: Path) -> list[Path]:
     except OSError as error:
         raise EvlecgError(f"a folder cannot be made: {error.strerror or error}", where=shown) from error
     return made
+
+
+def _remove_parents(made: list[Path]) -> None:
+    for parent in made:
+        try:
+            parent.rmdir()
+        except OSError:  # someone else uses it by now
+            break
 
 
 def _move_over(partial: Path, out: Path, shown: Path) -> None:

@@ -1,19 +1,41 @@
-"""The prepare job: a dataset as published, or generated, becomes a prepared folder (`data/store.py`)."""
+"""The prepare job: a dataset as published, or generated, becomes a prepared folder (`data/store.py`).
+
+The main process names the entries; worker processes, here and under `accelerate launch`, read them shard by shard.
+What is complete stays: an interrupted job goes on where it stopped, and a finished one is recognised by its options
+and the names, sizes and times of the files it was made from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
-from evlecg.data.labels import resolve_labels
-from evlecg.data.readers import READERS, Reader, ReadOptions, Rejected, Source, find_reader, home_of
-from evlecg.data.store import Prepared, PreparedWriter, is_prepared
-from evlecg.errors import EvlecgError
+from evlecg import __version__
+from evlecg.data.gates import resampled
+from evlecg.data.labels import LABELS, resolve_labels
+from evlecg.data.readers import READERS, Reader, Reading, ReadOptions, Rejected, Source, find_reader, home_of
+from evlecg.data.store import FORMAT_VERSION, Prepared, fingerprint, is_prepared, read_manifest
+from evlecg.data.writer import assemble, part_path, write_shard, writing
+from evlecg.errors import EvlecgError, RunFailed
+from evlecg.files import kept_folder, partial_folder, write_text_atomic
 from evlecg.progress import Progress
+from evlecg.schema import Record
 
 SILENT = Progress()
+MOST_WORKERS = 8  # one disk seldom feeds more
+WAIT_S = 0.2
+STALLED_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -27,8 +49,12 @@ class PrepareSummary:
         n_dropped: sound records that were left out (no class of the label set, not in a partial copy).
         splits: split -> records.
         n_patients: over all splits.
+        n_questions: the dataset's own questions, over all splits.
         positives: label -> records that have it.
+        repairs: what was mended -> records.
+        reasons: why records are in quarantine -> records.
         fingerprint: of the folder.
+        unchanged: the folder was there already, made of the same files with the same options; nothing was done.
     """
 
     out: Path
@@ -40,9 +66,12 @@ class PrepareSummary:
     n_dropped: int
     splits: dict[str, int]
     n_patients: int
+    n_questions: int
     positives: dict[str, int]
+    repairs: dict[str, int]
     reasons: dict[str, int]
     fingerprint: str
+    unchanged: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,6 +95,17 @@ class FoundDataset:
     prepare_to: Path | None = None
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a worker process needs to open the dataset for itself."""
+
+    dataset: str
+    root: Path | None
+    options: ReadOptions
+    resample_hz: int | None
+    folder: Path
+
+
 def prepare(
     dataset: str,
     *,
@@ -77,89 +117,334 @@ def prepare(
     seed: int = 0,
     fs: int | None = None,
     counts: Mapping[str, int] | None = None,
+    signals: Mapping[str, Path] | None = None,
+    table: Path | None = None,
+    exclude: Iterable[Path] = (),
+    workers: int | None = None,
     progress: Progress = SILENT,
 ) -> PrepareSummary:
     """Reads a dataset, checks and mends every record, and writes the prepared folder.
+
+    Under `accelerate launch` (or any launcher that sets RANK and WORLD_SIZE) every process reads its share of the
+    shards, and the first one puts them together; all must see the same `out`. The result is the same as of one.
 
     Args:
         dataset: name in `READERS`.
         source: the download, or a folder around it; not needed, and not read, for generated data.
         out: the prepared folder.
         labels: label set, or several joined by `+`; None for the dataset's own.
-        overwrite: replace an older prepared folder.
+        overwrite: replace an older prepared folder, even one that is up to date.
         strict: fail where any record is rejected.
         seed: of the split where the dataset brings none, and of generated data.
-        fs: sampling rate in Hz, where the dataset was published at several.
+        fs: sampling rate in Hz: as published where the dataset has it, else every other rate is resampled to it.
         counts: split -> records, for generated data.
+        signals: root name -> folder of the signals that a dialogue dataset points to.
+        table: CSV of labels, for folders without labels of their own.
+        exclude: prepared folders whose signals are left out here, whatever they are called there.
+        workers: reading processes; None for one a core, up to `MOST_WORKERS`, and one for small datasets.
         progress: who is told.
 
     Raises:
         EvlecgError: bad input of any kind; nothing is left under `out` then, or what was there before.
+        RunFailed: a worker died; what was done stays, and the same call goes on there.
     """
     reader = find_reader(dataset)
     wanted = resolve_labels(labels or reader.labels)
-    if fs is not None and fs not in reader.rates_hz:
-        rates = " or ".join(str(rate) for rate in reader.rates_hz)
-        hint = f"fs can be {rates}" if rates else "its records keep the rate at which they were published"
-        raise EvlecgError(f"{reader.title} has no choice of {fs} Hz", where="fs", hint=hint)
+    if fs is not None and fs < 50:
+        raise EvlecgError(f"{fs} Hz are too few to draw an ECG", where="fs", hint="50 or more")
+    if workers is not None and workers < 1:
+        raise EvlecgError(f"{workers} workers cannot read", where="workers", hint="1 or more")
     opened = _open_source(dataset, reader, source, out)
-    options = ReadOptions(labels=wanted, seed=seed, fs_hz=fs, counts=dict(counts or {}))
-    with PreparedWriter(out, label_names=wanted, overwrite=overwrite) as writer:
-        reading = reader.open(cast(Any, opened), options)
+    _check_extras(reader, table, signals)
+    published_hz = fs if fs in reader.rates_hz else None
+    options = ReadOptions(wanted, seed, published_hz, dict(counts or {}), dict(signals or {}), table)
+    known = _known(exclude)
+    partial = partial_folder(out)
+    about = {
+        "dataset": dataset,
+        "title": reader.title,
+        "licence": reader.licence,
+        "citation": reader.citation,
+        "options": {
+            "labels": labels or reader.labels,
+            "seed": seed,
+            "fs_hz": fs,
+            "counts": dict(options.counts),
+            "strict": strict,
+            "exclude": [Prepared.open(folder).fingerprint for folder in exclude],
+        },
+    }
+    plan = {
+        "format_version": FORMAT_VERSION,
+        "evlecg_version": __version__,
+        "dataset": dataset,
+        **about["options"],
+        "source": [
+            item.signature(apart=(out, partial))
+            for item in (opened, *(Source(folder) for folder in options.signals.values()))
+            if item is not None
+        ],
+        "table": _file_signature(table),
+    }
+    if not overwrite and (done := _finished(out, plan)) is not None:
+        progress.info(f"{out} is up to date: the same source and options, {done.n_kept} records; nothing to do")
+        return done
+    task = _Task(dataset, opened.root if opened else None, options, None if published_hz else fs, partial)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank:
+        return _help(task, plan, out, workers, rank, world)
+
+    with kept_folder(out, overwrite, keep=lambda folder: _has_plan(folder, plan)) as folder:
+        if overwrite and out.is_dir() and any(out.iterdir()) and not is_prepared(out):
+            raise EvlecgError(
+                "the output folder is not a prepared folder, and is not replaced", where=out, hint="choose another"
+            )
+        with writing(out):
+            for name in ("blocks", "parts"):
+                (folder / name).mkdir(exist_ok=True)
+        write_text_atomic(folder / "plan.json", json.dumps(plan))
+        worker = _Worker(task)
+        reading = worker.reading
         if reading.total == 0:
             raise EvlecgError("the dataset is empty: no record was found", where=source or dataset, hint=reader.needs)
-        progress.info(f"preparing {reader.title}: {reading.total} records")
-        with progress.task(f"prepare {dataset}", reading.total) as advance:
-            for item in reading.records():
-                if isinstance(item, Rejected):
-                    progress.detail(f"{item.id}: {item.reason}")
-                    writer.reject(item)
-                elif item.labels:
-                    writer.add(item)
-                else:
-                    writer.reject(Rejected(item.id, "none of the wanted labels was assessed", fault=False))
-                advance(1)
-        often = ", ".join(f"{reason} ({n})" for reason, n in writer.reasons.most_common(3))
-        if writer.n_kept == 0:
-            raise EvlecgError("no record could be used", where=source or dataset, hint=often)
-        if strict and writer.n_rejected:
-            raise EvlecgError(
-                f"{writer.n_rejected} of {reading.total} records were rejected", where=dataset, hint=often
-            )
-        manifest = writer.finish(
-            {
-                "dataset": dataset,
-                "title": reader.title,
-                "licence": reader.licence,
-                "citation": reader.citation,
-                "source": opened.provenance() if opened else {"n_files": 0, "n_bytes": 0, "sha256": None},
-                "options": {
-                    "labels": labels or reader.labels,
-                    "seed": seed,
-                    "fs_hz": fs,
-                    "counts": dict(options.counts),
-                },
-            }
+        progress.info(f"preparing {reader.title}: {'' if reading.total is None else reading.total} records")
+        n_shards = _read_shards(worker, workers, rank, world, progress)
+        if not n_shards:
+            raise EvlecgError("the dataset is empty: no record was found", where=source or dataset, hint=reader.needs)
+        _await(lambda: sum(not part_path(folder, number).exists() for number in range(n_shards)))
+        manifest = assemble(
+            folder,
+            n_shards,
+            descriptions={code: LABELS[code] for code in wanted} | dict(reading.descriptions),
+            about={**about, "plan": plan},
+            files=worker.files(),
+            known=known,
+            strict=strict,
         )
-    if writer.n_rejected or writer.n_dropped:
-        progress.info(f"left out {writer.n_rejected} rejected and {writer.n_dropped} dropped records: {often}")
+        (folder / "plan.json").unlink()
+    return _summary(out, manifest)
+
+
+class _Worker:
+    """A dataset opened in this process, and the shards that it makes of its entries."""
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+        self.reader = find_reader(task.dataset)
+        self.source = Source(task.root) if task.root else None
+        self.reading = self.reader.open(cast(Any, self.source), task.options)
+
+    def write(self, number: int, entries: list[Any], advance: Callable[[int], None] | None = None) -> int:
+        """Writes one shard and returns how many entries it has."""
+        results = self._results(entries, advance or (lambda n: None))
+        return write_shard(self.task.folder, number, results, files=self.files)
+
+    def files(self) -> list[tuple[str, int, str]]:
+        return self.source.taken() if self.source else []
+
+    def _results(self, entries: list[Any], advance: Callable[[int], None]) -> Iterator[Record | Rejected]:
+        to_hz = self.task.resample_hz
+        for item in self.reading.records(entries):
+            advance(1)
+            if isinstance(item, Rejected):
+                yield item
+            elif not (item.labels or item.questions or (self.reader.unlabelled and item.report)):
+                yield Rejected(item.id, "none of the wanted labels was assessed", fault=False)
+            elif to_hz and not item.image and item.fs_hz != to_hz:
+                signal_mV = resampled(item.signal_mV, item.fs_hz, to_hz)
+                said = f"resampled: {item.fs_hz:g} to {to_hz} Hz"
+                yield replace(item, signal_mV=signal_mV, fs_hz=float(to_hz), repairs=(*item.repairs, said))
+            else:
+                yield item
+
+
+_worker: _Worker | None = None  # of a worker process
+
+
+def _start_worker(task: _Task) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
+    _worker = _Worker(task)
+
+
+def _work(number: int, entries: list[Any]) -> int:
+    assert _worker is not None
+    return _worker.write(number, entries)
+
+
+class _Shards:
+    """A reading's entries, cut into numbered shards."""
+
+    def __init__(self, task: _Task, reading: Reading, rank: int, world: int, advance: Callable[[int], None]) -> None:
+        self._entries, self._size = iter(reading.entries), reading.shard
+        self._folder, self._rank, self._world, self._advance = task.folder, rank, world, advance
+        self.n_shards = self.n_found = 0
+
+    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
+        """(number, entries) of the shards that this process has to read; a second loop goes on after the first."""
+        while entries := list(itertools.islice(self._entries, self._size)):
+            number = self.n_shards
+            self.n_shards += 1
+            found = part_path(self._folder, number).exists()
+            self.n_found += found
+            if not found and number % self._world == self._rank:
+                yield number, entries
+            else:
+                self._advance(len(entries))
+
+
+def _read_shards(worker: _Worker, workers: int | None, rank: int, world: int, progress: Progress) -> int:
+    """Reads this process's share of the shards that are not complete yet; returns how many there are in all."""
+    with progress.task(f"prepare {worker.task.dataset}", worker.reading.total) as advance:
+        shards = _Shards(worker.task, worker.reading, rank, world, advance)
+        first = list(itertools.islice(shards, 2))
+        alone = workers == 1 or (workers is None and (len(first) < 2 or _cores() == 1))
+        if alone:
+            for number, entries in itertools.chain(first, shards):
+                worker.write(number, entries, advance)
+        else:
+            _read_in_parallel(worker.task, itertools.chain(first, shards), workers or _cores(), advance)
+    if shards.n_found and not rank:
+        progress.info(f"went on after an interruption: {shards.n_found} of {shards.n_shards} shards were complete")
+    return shards.n_shards
+
+
+def _read_in_parallel(
+    task: _Task, shards: Iterable[tuple[int, list[Any]]], workers: int, advance: Callable[[int], None]
+) -> None:
+    # spawn: a forked child would inherit the locks of threads that it does not have
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(task,))
+    running: set[Future[int]] = set()
+    try:
+        for number, entries in shards:
+            if len(running) >= 2 * workers:
+                running = _advanced(running, advance)
+            running.add(pool.submit(_work, number, entries))
+        while running:
+            running = _advanced(running, advance)
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "a worker process died", where=task.dataset, hint="out of memory? fewer --workers; what is done stays"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _advanced(running: set[Future[int]], advance: Callable[[int], None]) -> set[Future[int]]:
+    done, running = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        advance(future.result())
+    return running
+
+
+def _cores() -> int:
+    """Cores that this process may use, shared with the other processes that a launcher started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _help(task: _Task, plan: dict[str, Any], out: Path, workers: int | None, rank: int, world: int) -> PrepareSummary:
+    """What the other processes of a launcher do: read their shards, then wait for the first one to finish."""
+
+    def done() -> PrepareSummary | None:
+        return None if task.folder.exists() else _finished(out, plan)
+
+    _await(lambda: not (_has_plan(task.folder, plan) or done()))
+    if _has_plan(task.folder, plan):
+        _read_shards(_Worker(task), workers, rank, world, SILENT)
+    _await(lambda: not done())
+    summary = done()
+    assert summary is not None
+    return summary
+
+
+def _has_plan(folder: Path, plan: dict[str, Any]) -> bool:
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "plan.json").read_bytes()) == plan
+    return False
+
+
+def _await(missing: Callable[[], int]) -> None:
+    """Waits for other processes until nothing is missing any more.
+
+    Raises:
+        RunFailed: for `STALLED_S` nothing changed.
+    """
+    last, since_s = missing(), time.monotonic()
+    while last:
+        time.sleep(WAIT_S)
+        now = missing()
+        if now != last:
+            last, since_s = now, time.monotonic()
+        if time.monotonic() - since_s > STALLED_S:
+            raise RunFailed(
+                f"waited {STALLED_S:g} s for the other processes", hint="run it again: it goes on from here"
+            )
+
+
+def _finished(out: Path, plan: dict[str, Any]) -> PrepareSummary | None:
+    """The summary of a folder that was made with this plan; None where nothing is there.
+
+    Raises:
+        EvlecgError: it was made of something else, or otherwise.
+    """
+    if not is_prepared(out):
+        return None
+    try:
+        manifest = read_manifest(out)
+    except (OSError, ValueError, KeyError):
+        return None  # damaged: not empty, hence an error unless it is to be overwritten
+    other = [key for key, value in plan.items() if manifest.get("plan", {}).get(key) != value]
+    if other:
+        raise EvlecgError(
+            f"the output folder was prepared from something else: {', '.join(other)} differ", where=out,
+            hint="choose another --out, or add --overwrite",
+        )  # fmt: skip
+    return replace(_summary(out, manifest), unchanged=True)
+
+
+def _summary(out: Path, manifest: dict[str, Any]) -> PrepareSummary:
     splits = manifest["splits"]
     return PrepareSummary(
         out=out,
-        dataset=dataset,
-        n_read=writer.n_kept + writer.n_rejected + writer.n_dropped,
-        n_kept=writer.n_kept,
-        n_repaired=writer.n_repaired,
-        n_rejected=writer.n_rejected,
-        n_dropped=writer.n_dropped,
+        dataset=manifest["dataset"],
+        n_read=manifest["n_kept"] + manifest["n_rejected"] + manifest["n_dropped"],
+        n_kept=manifest["n_kept"],
+        n_repaired=manifest["n_repaired"],
+        n_rejected=manifest["n_rejected"],
+        n_dropped=manifest["n_dropped"],
         splits={split: splits[split]["records"] for split in splits},
         n_patients=sum(splits[split]["patients"] for split in splits),
+        n_questions=sum(splits[split]["questions"] for split in splits),
         positives={
             code: sum(splits[split]["labels"][code]["positive"] for split in splits) for code in manifest["label_names"]
         },
-        reasons=dict(writer.reasons),
-        fingerprint=Prepared.open(out).fingerprint,
+        repairs=manifest["repairs"],
+        reasons=manifest["reasons"],
+        fingerprint=fingerprint(manifest),
     )
+
+
+def _known(folders: Iterable[Path]) -> dict[str, str]:
+    """Hash -> where, of every signal in other prepared folders."""
+    known: dict[str, str] = {}
+    for folder in folders:
+        prepared = Prepared.open(folder)
+        dataset = prepared.manifest["dataset"]
+        known.update({key: f"{dataset}/{record_id}" for key, record_id in prepared.hashes().items()})
+    return known
+
+
+def _check_extras(reader: Reader, table: Path | None, signals: Mapping[str, Path] | None) -> None:
+    if table is not None and not table.is_file():
+        raise EvlecgError("the table of labels does not exist", where=table)
+    for name, folder in (signals or {}).items():
+        if not folder.is_dir():
+            raise EvlecgError(f"the folder of the signals of {name} does not exist", where=folder)
+
+
+def _file_signature(path: Path | None) -> list[int] | None:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path else None
 
 
 def looks_raw(dataset: str, folder: Path) -> bool:

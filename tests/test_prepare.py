@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from evlecg.data import synthetic
 from evlecg.data.store import Prepared
-from evlecg.errors import EvlecgError
-from evlecg.prepare import find_dataset, looks_raw, prepare
+from evlecg.errors import EvlecgError, RunFailed
+from evlecg.prepare import PrepareSummary, find_dataset, looks_raw, prepare
 from evlecg.progress import Progress
-from evlecg.schema import SPLITS
+from evlecg.schema import SPLITS, Record
 from tests.test_readers import STEPS, write_ptbxl, write_wfdb
 
 COMMENTS = ("Age: 74", "Sex: Male", "Dx: 426783006", "Hx: John Smith, seen 12-May-2020")
@@ -21,7 +30,7 @@ COMMENTS = ("Age: 74", "Sex: Male", "Dx: 426783006", "Hx: John Smith, seen 12-Ma
 
 def write_cpsc(folder: Path, n: int = 3, broken: int = 0) -> None:
     for number in range(n + broken):
-        steps = STEPS.copy()
+        steps = np.roll(STEPS, number, axis=1)
         if number >= n:
             steps[3] = 0
         write_wfdb(folder, f"A{number:04d}", steps, suffix=".mat", comments=COMMENTS)
@@ -42,7 +51,7 @@ def test_a_download_becomes_a_prepared_folder(tmp_path: Path) -> None:
     assert json.loads(json.dumps(summary.to_dict()))["fingerprint"] == prepared.fingerprint
     assert_allclose(prepared.record(0).signal_mV, STEPS / np.float32(1000), atol=1e-6)
     assert prepared.manifest["licence"] == "CC BY 4.0" and "Wagner" in prepared.manifest["citation"]
-    assert prepared.manifest["options"] == {"labels": "super", "seed": 0, "fs_hz": None, "counts": {}}
+    assert prepared.manifest["options"]["labels"] == "super"
     assert prepared.manifest["source"]["n_files"] == 2 + 2 * 3  # two tables; the dropped records were not read
 
 
@@ -51,7 +60,7 @@ def test_nothing_of_the_machine_or_the_patient_is_kept(tmp_path: Path) -> None:
     write_ptbxl(tmp_path / "ptbxl")
     prepare("cpsc2018", source=tmp_path / "download", out=tmp_path / "out")
     prepare("ptbxl", source=tmp_path / "ptbxl", out=tmp_path / "out2")
-    for file in [*(tmp_path / "out").iterdir(), *(tmp_path / "out2").iterdir()]:
+    for file in [*(tmp_path / "out").rglob("*.*"), *(tmp_path / "out2").rglob("*.*")]:
         data = file.read_bytes()
         for secret in (str(tmp_path), "download", "Smith", "May", "1984"):
             assert secret.encode() not in data, (file.name, secret)
@@ -131,8 +140,11 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
     for message, arguments in (
         ("unknown dataset 'ptbx' -> did you mean 'ptbxl'", {"dataset": "ptbx"}),
         ("unknown label set 'cpsc'", {"labels": "cpsc"}),
-        ("no choice of 250 Hz .*keep the rate", {"fs": 250}),
-        ("no choice of 250 Hz .*500 or 100", {"dataset": "ptbxl", "fs": 250}),
+        ("20 Hz are too few", {"fs": 20}),
+        ("0 workers cannot read", {"workers": 0}),
+        ("table of labels does not exist", {"table": tmp_path / "missing.csv"}),
+        ("folder of the signals of mimic does not exist", {"signals": {"mimic": tmp_path / "missing"}}),
+        ("no such folder", {"exclude": (tmp_path / "missing",)}),
         ("needs its download .*wget", {"source": None}),
         ("source folder does not exist .*missing.*wget", {"source": tmp_path / "missing"}),
         ("source folder is empty", {"source": empty}),
@@ -147,8 +159,8 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
             prepare(**given)
         assert names(tmp_path) == before, message
     prepare("cpsc2018", source=cpsc, out=out)
-    with pytest.raises(EvlecgError, match="not empty"):
-        prepare("cpsc2018", source=cpsc, out=out)
+    with pytest.raises(EvlecgError, match="prepared from something else: seed differ"):
+        prepare("cpsc2018", source=cpsc, out=out, seed=1)
     prepare("cpsc2018", source=cpsc, out=out, overwrite=True)
     with pytest.raises(EvlecgError, match="no record could be used"):
         prepare("cpsc2018", source=tmp_path / "bad", out=out, overwrite=True)
@@ -163,19 +175,183 @@ def test_records_without_any_wanted_label_are_dropped(tmp_path: Path) -> None:
     assert reason["00002"] == "none of the wanted labels was assessed"  # it has no rhythm statement
 
 
+class Listener(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def info(self, message: str) -> None:
+        self.said.append(message)
+
+
 def test_progress_is_told(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Listener(Progress):
-        def info(self, message: str) -> None:
-            said.append(message)
-
-        def detail(self, message: str) -> None:
-            said.append(message)
-
+    listener = Listener()
     write_cpsc(tmp_path / "cpsc", broken=1)
-    prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", progress=Listener())
-    assert said[0].endswith("4 records") and said[1] == "A0003: flat leads: aVR" and "1 rejected" in said[2]
+    prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", progress=listener)
+    assert listener.said == ["preparing CPSC 2018 (PhysioNet/CinC form): 4 records"]
+
+
+def test_twice_is_a_no_op_that_says_so(tmp_path: Path) -> None:
+    write_cpsc(tmp_path / "cpsc", 4, broken=1)
+    first = prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    listener = Listener()
+    again = prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", progress=listener)
+    assert again == dataclasses.replace(first, unchanged=True) and not first.unchanged
+    assert len(listener.said) == 1 and "up to date" in listener.said[0]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == stamps
+    write_cpsc(tmp_path / "cpsc", 5)  # the download grew
+    with pytest.raises(EvlecgError, match="prepared from something else: source differ"):
+        prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out")
+
+
+COUNTS = {"train": 700, "val": 20, "test": 30}  # three shards
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+    manifest = json.loads(files["manifest.json"])
+    files["manifest.json"] = json.dumps({**manifest, "created": ""}).encode()
+    return files
+
+
+def generated(out: Path, **options: Any) -> PrepareSummary:
+    return prepare("synthetic", source=None, out=out, counts=COUNTS, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    generated(out, workers=1)
+    return content(out)
+
+
+def test_workers_do_not_change_the_result(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    generated(tmp_path / "out", workers=2)
+    assert content(tmp_path / "out") == whole
+    assert len([name for name in whole if name.startswith("blocks")]) == 3
+
+
+def test_an_interrupted_job_goes_on(tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    real = synthetic.numbered
+
+    def interrupted(seed: int, split: str, number: int) -> Record:
+        made.append(f"{split}{number}")
+        if len(made) == 600:
+            raise KeyboardInterrupt
+        return real(seed, split, number)
+
+    monkeypatch.setattr(synthetic, "numbered", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generated(tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+    listener = Listener()
+    generated(tmp_path / "out", workers=1, progress=listener)
+    assert len(made) == 600 + 750 - 512  # the two complete shards were not made again
+    assert listener.said[-1] == "went on after an interruption: 2 of 3 shards were complete"
+    assert content(tmp_path / "out") == whole and names(tmp_path) == ["out"]
+
+
+def test_work_with_other_options_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("evlecg.prepare.assemble", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generated(tmp_path / "out", workers=1)
+    counts = {"train": 5}
+    summary = prepare("synthetic", source=None, out=tmp_path / "out", counts=counts, seed=3)
+    assert summary.n_kept == 5
+    prepare("synthetic", source=None, out=tmp_path / "other", counts=counts, seed=3)
+    assert content(tmp_path / "out") == content(tmp_path / "other")
+
+
+def _interrupt(*arguments: Any, **options: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_job_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    counts = [f"--{split}={count}" for split, count in COUNTS.items()]
+    command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]
+    job = subprocess.Popen([*command, *counts, "--workers", "2"], start_new_session=True)
+    parts = tmp_path / ".out.partial" / "parts"
+    while not list(parts.glob("*.jsonl")) and job.poll() is None:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL and not (tmp_path / "out").exists()
+    subprocess.run([*command, *counts, "--workers", "1"], check=True, capture_output=True)
+    assert content(tmp_path / "out") == whole
+
+
+def test_processes_of_a_launcher_share_the_work(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    counts = [f"--{split}={count}" for split, count in COUNTS.items()]
+    command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]
+    jobs = [
+        subprocess.Popen(
+            [*command, *counts, "--json", "--workers", "1"],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    said = [job.communicate(timeout=120)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert content(tmp_path / "out") == whole
+    assert json.loads(said[0])["n_kept"] == 750 and not said[1]  # one process speaks
+
+
+def test_two_jobs_do_not_write_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        with pytest.raises(EvlecgError, match="another process is writing this folder"):
+            generated(tmp_path / "out")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evlecg.prepare.assemble", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("synthetic", source=None, out=tmp_path / "out", counts={"train": 3})
+
+
+def test_another_rate_is_resampled(tmp_path: Path) -> None:
+    write_cpsc(tmp_path / "cpsc")
+    write_ptbxl(tmp_path / "ptbxl")
+    summary = prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", fs=250)
+    record = Prepared.open(tmp_path / "out").record(0)
+    assert (record.fs_hz, record.signal_mV.shape, summary.repairs) == (250.0, (12, 2500), {"resampled": 3})
+    summary = prepare("ptbxl", source=tmp_path / "ptbxl", out=tmp_path / "out100", fs=100)
+    assert summary.repairs == {}  # published at that rate
+
+
+def test_signals_of_another_folder_are_left_out(tmp_path: Path) -> None:
+    write_cpsc(tmp_path / "cpsc", 5)
+    write_cpsc(tmp_path / "few", 2)
+    prepare("cpsc2018", source=tmp_path / "few", out=tmp_path / "first")
+    for number in range(5):
+        for suffix in (".hea", ".mat"):
+            path = tmp_path / "cpsc" / f"A{number:04d}{suffix}"
+            path.write_bytes(path.read_bytes().replace(b"A000", b"A900"))
+            path.rename(tmp_path / "cpsc" / f"A900{number}{suffix}")
+    summary = prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", exclude=[tmp_path / "first"])
+    assert (summary.n_kept, summary.n_dropped) == (3, 2)
+    reasons = [row["reason"] for row in Prepared.open(tmp_path / "out").quarantine()]
+    assert reasons == [f"duplicate: the same signal as cpsc2018/A000{number}" for number in range(2)]
+
+
+def test_a_full_disk_keeps_what_is_done(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        real, calls = os.fsync, []
+
+        def full(number: int) -> None:
+            calls.append(number)
+            if len(calls) == 4:  # the second shard's lines
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(number)
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunFailed, match=r"No space left on device .*same command goes on"):
+            generated(tmp_path / "out", workers=1)
+    listener = Listener()
+    generated(tmp_path / "out", workers=1, progress=listener)
+    assert "1 of 3 shards were complete" in listener.said[-1] and content(tmp_path / "out") == whole
 
 
 def test_datasets_are_found_by_name_and_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,8 @@ def write_ptbxl(root: Path) -> None:
             leads = [lead.upper() for lead in LEADS]
             for suffix, fs_hz in (("lr", 100), ("hr", 500)):
                 path = root / names[suffix]
-                write_wfdb(path.parent, path.name, STEPS[:, : 10 * fs_hz], fs_hz=fs_hz, leads=leads)
+                steps = np.roll(STEPS, number - 1, axis=1)[:, : 10 * fs_hz]
+                write_wfdb(path.parent, path.name, steps, fs_hz=fs_hz, leads=leads)
     write_csv(root / "ptbxl_database.csv", table)
     classes = {"NORM": "NORM", "IMI": "MI", "CRBBB": "CD", "NDT": "STTC", "LVH": "HYP"}
     statements = [*classes, "LVOLT", "STD_", "SR", "AFIB"]
@@ -334,7 +336,7 @@ def test_other_formats_go_through_wfdb(tmp_path: Path) -> None:
     header = read_header(source, "x212.hea")
     assert header.fs_hz == 257 and header.channels[0].format == 212
     assert_allclose(read_signal(source, header).values, STEPS / np.float32(1000), atol=1e-6)
-    assert source.provenance()["n_files"] == 2
+    assert len(source.taken()) == 2
 
 
 def test_invalid_samples_baseline_and_units(tmp_path: Path) -> None:
@@ -403,11 +405,29 @@ def test_source_reads_once_and_hashes_the_same_anywhere(tmp_path: Path) -> None:
         source = Source(tmp_path / place)
         for name in ("sub/x", "y", "y") if place == "a" else ("y", "sub/x"):
             source.read(name)
-        hashes.append(source.provenance())
-    assert hashes[0] == hashes[1] and hashes[0]["n_files"] == 2
+        hashes.append(sorted(source.taken()))
+        assert source.taken() == []
+    assert hashes[0] == hashes[1] and [name for name, _, _ in hashes[0]] == ["sub/x", "y"]
     (tmp_path / "b" / "y").write_text("3")
     source.read("y")
-    assert source.provenance()["sha256"] != hashes[0]["sha256"]
+    assert source.taken()[0][2] != hashes[0][1][2]
+
+
+def test_a_signature_follows_names_sizes_and_times(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        (source / name).write_text("1")
+    first = Source(source).signature()
+    assert Source(source).signature() == first
+    (source / "out").mkdir()
+    (source / "out" / "x").write_text("1")
+    assert Source(source).signature(apart=(source / "out",)) == first != Source(source).signature()
+    (source / "sub" / "b").write_text("2")
+    os.utime(source / "sub" / "b", (1, 1))
+    changed = Source(source).signature(apart=(source / "out",))
+    (source / "sub" / "b").rename(source / "sub" / "c")
+    assert len({first, changed, Source(source).signature(apart=(source / "out",))}) == 3
 
 
 @pytest.mark.parametrize("name", ["../x", "sub/../../x", "/etc/passwd", ".."])

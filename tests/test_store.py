@@ -13,12 +13,13 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from evlecg.data.readers_base import Rejected
-from evlecg.data.store import Prepared, PreparedWriter
-from evlecg.errors import EvlecgError
-from evlecg.schema import Record
+from evlecg.data.store import Prepared
+from evlecg.data.writer import assemble, write_prepared, write_shard
+from evlecg.errors import EvlecgError, RunFailed
+from evlecg.schema import Question, Record
 
-NAMES = ("NORM", "MI", "HYP")
-ABOUT = {"dataset": "test", "title": "Test", "licence": "none", "citation": "nobody", "source": {}, "options": {}}
+DESCRIPTIONS = {"NORM": "a normal tracing", "MI": "myocardial infarction", "HYP": "hypertrophy"}
+ABOUT = {"dataset": "test", "title": "Test", "licence": "none", "citation": "nobody", "options": {}}
 
 
 def record(number: int, split: str = "train", patient: str = "", n_samples: int = 500, **other: Any) -> Record:
@@ -34,14 +35,8 @@ def record(number: int, split: str = "train", patient: str = "", n_samples: int 
     return Record(**{**values, **other})
 
 
-def write(out: Path, records: Iterable[Record | Rejected], overwrite: bool = False) -> dict[str, Any]:
-    with PreparedWriter(out, label_names=NAMES, overwrite=overwrite) as writer:
-        for item in records:
-            if isinstance(item, Rejected):
-                writer.reject(item)
-            else:
-                writer.add(item)
-        return writer.finish(ABOUT)
+def write(out: Path, records: Iterable[Record | Rejected]) -> dict[str, Any]:
+    return write_prepared(out, list(records), descriptions=DESCRIPTIONS, about=ABOUT)
 
 
 def names(folder: Path) -> list[str]:
@@ -66,7 +61,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
             assert getattr(after, name) == getattr(before, name), name
     assert_array_equal(prepared.indices("train"), [0, 3])
     assert prepared.patient_ids == ("p0", "p1", "p2", "p0")
-    assert isinstance(prepared._steps, np.memmap)
+    assert isinstance(prepared._blocks[0], np.memmap)
     with pytest.raises(EvlecgError, match="unknown split"):
         prepared.indices("dev")
 
@@ -91,6 +86,7 @@ def test_manifest_counts(tmp_path: Path) -> None:
     assert manifest["splits"]["train"] == {
         "records": 2,
         "patients": 1,
+        "questions": 0,
         "labels": {"NORM": {"positive": 1, "negative": 1}, "MI": {"positive": 1, "negative": 0}},
     }
     assert manifest["splits"]["val"]["records"] == 0
@@ -113,7 +109,7 @@ def test_what_cannot_be_stored_is_rejected_with_a_reason(tmp_path: Path) -> None
         record(2, signal_mV=limit),
         record(2),
         record(3, id="Jane Doe"),
-        record(4, n_samples=0),
+        record(4, signal_mV=np.zeros((12, 0), np.float32)),
     ]
     write(tmp_path / "out", bad)
     prepared = Prepared.open(tmp_path / "out")
@@ -129,42 +125,85 @@ def test_very_old_patients_are_one_group(tmp_path: Path) -> None:
     assert [prepared.record(index).age for index in range(5)] == [89.0, 90.0, 90.0, 90.0, None]
 
 
-def test_patient_in_two_splits_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(EvlecgError, match="two splits, train and test"):
-        write(tmp_path / "out", [record(0), record(1, "test", patient="p0")])
-    assert names(tmp_path) == []
+def test_a_patient_stays_in_the_split_where_it_came_first(tmp_path: Path) -> None:
+    write(tmp_path / "out", [record(0), record(1, "test", patient="p0"), record(2, patient="p0")])
+    prepared = Prepared.open(tmp_path / "out")
+    assert prepared.record_ids == ("r0", "r2")
+    assert prepared.quarantine() == [
+        {"id": "r1", "kind": "rejected", "reason": "patient in two splits: train and test"}
+    ]
 
 
-def test_interruption_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted() -> Iterable[Record]:
-        yield record(0)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", interrupted())
-    with pytest.raises(AssertionError, match="finish"), PreparedWriter(tmp_path / "out", label_names=NAMES) as writer:
-        writer.add(record(0))
-    assert names(tmp_path) == []
-
-
-def test_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    write(out, [record(0)])
-    with pytest.raises(EvlecgError, match="not empty"):
-        write(out, [record(1)])
-    with pytest.raises(EvlecgError, match="two splits"):
-        write(out, [record(1), record(2, "test", patient="p1")], overwrite=True)
-    assert Prepared.open(out).record(0).id == "r0"
-    write(out, [record(1)], overwrite=True)
-    assert Prepared.open(out).record(0).id == "r1"
-    assert names(tmp_path) == ["out"]
+def test_the_same_signal_is_kept_once(tmp_path: Path) -> None:
+    twin = record(1, signal_mV=record(0).signal_mV)
+    other = record(2, signal_mV=record(0).signal_mV + np.float32(0.001))
+    write(tmp_path / "out", [record(0), twin, other])
+    prepared = Prepared.open(tmp_path / "out")
+    assert prepared.record_ids == ("r0", "r2")
+    assert prepared.quarantine()[0] == {
+        "id": "r1", "kind": "dropped", "reason": "duplicate: the same signal as r0",
+    }  # fmt: skip
 
 
-def test_other_folders_are_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(EvlecgError, match="not a prepared folder, and is not replaced"):
-        write(tmp_path, [record(0)], overwrite=True)
-    assert names(tmp_path) == ["thesis.tex"]
+def test_the_same_signal_elsewhere_is_found_by_its_content(tmp_path: Path) -> None:
+    write(tmp_path / "first", [record(0), record(1)])
+    known = {key: f"first/{name}" for key, name in Prepared.open(tmp_path / "first").hashes().items()}
+    out = tmp_path / "second"
+    for name in ("blocks", "parts"):
+        (out / name).mkdir(parents=True)
+    renamed = record(5, signal_mV=record(1).signal_mV, split="test")
+    write_shard(out, 0, [renamed, record(3)])
+    assemble(out, 1, descriptions=DESCRIPTIONS, about=ABOUT, known=known)
+    prepared = Prepared.open(out)
+    assert prepared.record_ids == ("r3",)
+    assert prepared.quarantine()[0]["reason"] == "duplicate: the same signal as first/r1"
+
+
+def test_shards_in_any_order_give_the_same_folder(tmp_path: Path) -> None:
+    records = [record(number, "test" if number == 7 else "train") for number in range(9)]
+    manifests = []
+    for name, order in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+        out = tmp_path / name
+        for part in ("blocks", "parts"):
+            (out / part).mkdir(parents=True)
+        for shard in order:
+            assert write_shard(out, shard, records[3 * shard : 3 * shard + 3]) == 3
+        manifests.append(assemble(out, 3, descriptions=DESCRIPTIONS, about=ABOUT))
+        assert names(out) == ["blocks", "manifest.json", "quarantine.jsonl", "records.jsonl"]
+    assert {**manifests[0], "created": ""} == {**manifests[1], "created": ""}
+    prepared = Prepared.open(tmp_path / "b")
+    assert prepared.record_ids == tuple(f"r{number}" for number in range(9))
+    assert_allclose(prepared.record(7).signal_mV, records[7].signal_mV, rtol=0, atol=0.000501)
+
+
+def test_pictures_and_questions_come_back(tmp_path: Path) -> None:
+    asked = (
+        Question("Which rhythm?", "sinus", ("sinus", "flutter"), kind="single-choose", id="qa/1"),
+        Question("And why?", "P waves", history=(("Which rhythm?", "sinus"),)),
+    )
+    picture = record(
+        0, signal_mV=np.zeros((12, 0), np.float32), fs_hz=0.0, labels={}, image=b"\x89PNG not really", questions=asked
+    )
+    write(tmp_path / "out", [record(3), picture, record(4)])
+    prepared = Prepared.open(tmp_path / "out")
+    found = prepared.record(1)
+    assert (found.image, found.questions, found.signal_mV.shape) == (picture.image, asked, (12, 0))
+    assert prepared.questions(1) == asked and prepared.questions(0) == ()
+    assert_allclose(prepared.record(2).signal_mV, record(4).signal_mV, rtol=0, atol=0.000501)
+    assert prepared.manifest["splits"]["train"]["questions"] == 2
+
+
+def test_what_cannot_be_used_leaves_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EvlecgError, match=r"no record could be used .*flat \(1\)"):
+        write(tmp_path / "out", [Rejected("r1", "flat: V1")])
+    out = tmp_path / "strict"
+    for name in ("blocks", "parts"):
+        (out / name).mkdir(parents=True)
+    write_shard(out, 0, [record(0), Rejected("r1", "flat: V1"), Rejected("r2", "not wanted", fault=False)])
+    with pytest.raises(EvlecgError, match="1 of 3 records were rejected"):
+        assemble(out, 1, descriptions=DESCRIPTIONS, about=ABOUT, strict=True)
+    with pytest.raises(RunFailed, match="cannot be written: File exists"):
+        write(tmp_path / "out", [record(0)])
 
 
 def test_fingerprint_follows_the_content_alone(tmp_path: Path) -> None:
@@ -197,12 +236,12 @@ def damage(out: Path, kind: str) -> None:
     elif kind == "manifest":
         (out / "manifest.json").write_text("{")
     elif kind == "key":
-        del manifest["n_bytes"]
+        del manifest["blocks"]
         (out / "manifest.json").write_text(json.dumps(manifest))
     elif kind == "signals":
-        (out / "signals.bin").write_bytes((out / "signals.bin").read_bytes()[:-2])
+        (out / "blocks/00000.bin").write_bytes((out / "blocks/00000.bin").read_bytes()[:-2])
     elif kind == "gone":
-        (out / "signals.bin").unlink()
+        (out / "blocks/00000.bin").unlink()
     elif kind == "records":
         text = (out / "records.jsonl").read_text()
         (out / "records.jsonl").write_text(text.replace('"NORM": true', '"NORM": false'))
@@ -211,10 +250,10 @@ def damage(out: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("version", "has format 99, this evlecg reads 1"),
+        ("version", "has format 99, this evlecg reads 2"),
         ("manifest", "is damaged"),
         ("key", "is damaged"),
-        ("signals", "signals.bin holds 11998 bytes, not 12000"),
+        ("signals", "blocks/00000.bin holds 11998 bytes, not 12000"),
         ("gone", "is damaged"),
         ("records", "records.jsonl was changed"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Reader:
         rates_hz: sampling rates that were published; empty where there is no choice.
         n_records: as published; None where it depends on what the user brings.
         download_GB: size of the download, 1e9 bytes; None where it depends on the user.
+        unlabelled: its records may have no labels, only a report.
         access: "open", or what a reader has to do first ("PhysioNet credentialed", ...).
     """
 
@@ -54,6 +55,7 @@ class Reader:
     n_records: int | None = None
     download_GB: float | None = None
     access: str = "open"
+    unlabelled: bool = False
 
     @property
     def needs_source(self) -> bool:
@@ -61,17 +63,19 @@ class Reader:
 
 
 def _open_synthetic(source: None, options: ReadOptions) -> Reading:
-    """The built-in generator as a dataset: its entries are the records."""
-    from evlecg.data.synthetic import generate
+    """The built-in generator as a dataset: an entry is a record's split and number."""
+    from evlecg.data.synthetic import check_counts, numbered, record_id
 
     counts = dict(options.counts) or SYNTHETIC_COUNTS
+    check_counts(counts, options.seed)
     wanted = set(options.labels)
 
-    def read(record: Record) -> Record:
+    def read(entry: tuple[str, int]) -> Record:
+        record = numbered(options.seed, *entry)
         return replace(record, labels={code: value for code, value in record.labels.items() if code in wanted})
 
-    entries: Iterator[Record] = generate(counts, options.seed)
-    return Reading(sum(counts.values()), entries, lambda record: record.id, read)
+    entries = [(split, number) for split, count in counts.items() for number in range(count)]
+    return Reading(len(entries), entries, lambda entry: record_id(*entry), read)
 
 
 def _wget(path: str, name: str) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""The prepared folder: what every dataset becomes, written once, read through a memory map.
+"""The prepared folder: what every dataset becomes, written once (`data/writer.py`), read through memory maps.
 
     manifest.json     what it is, where it came from, counts
-    signals.bin       int16 little-endian, 1 uV a step: the [12, T] block of each record, row by row, one after another
-    records.jsonl     one line a record; `offset` is the byte at which its block begins
+    records.jsonl     one line a record; `shard`, `offset` and `n_bytes` say where its block lies
     quarantine.jsonl  one line for each record that is not here, with the reason
+    blocks/00000.bin  the blocks of one shard, one after another: int16 little-endian, 1 uV a step, [12, T] row by row;
+                      or the encoded picture of a record that was born as one
 
 Signals keep their sampling rate and length. Names, dates and header comments never enter; ages of 90 and more are 90.
 """
@@ -12,206 +13,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from evlecg import __version__
-from evlecg.data.labels import LABELS
-from evlecg.data.readers_base import MAX_AGE, Rejected
 from evlecg.errors import EvlecgError
-from evlecg.files import new_folder
-from evlecg.schema import LEADS, SPLITS, Record
+from evlecg.schema import LEADS, SPLITS, Question, Record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STEPS_PER_MV = 1000.0  # 1 uV: finer than any of the datasets' recorders resolves
-_STEP_TYPE = np.dtype("<i2")
-_ID = re.compile(r"[A-Za-z0-9_./-]+")
-
-
-class PreparedWriter:
-    """Writes a prepared folder that appears whole or not at all.
-
-    `with PreparedWriter(out, label_names=names) as writer: writer.add(record); ...; writer.finish({...})`. Leaving the
-    block by an exception, or without `finish`, leaves `out` as it was.
-
-    Args:
-        out: the folder.
-        label_names: label codes that the records may carry, in order.
-        overwrite: replace an older prepared folder; any other folder that is not empty is never replaced.
-
-    Raises:
-        EvlecgError: on entering: `out` is not empty.
-    """
-
-    def __init__(self, out: Path, *, label_names: Sequence[str], overwrite: bool = False) -> None:
-        self.out = out
-        self.label_names = tuple(label_names)
-        self.overwrite = overwrite
-        self.n_kept = self.n_repaired = self.n_rejected = self.n_dropped = 0
-        self.reasons: Counter[str] = Counter()
-        self._split_of_patient: dict[str, str] = {}
-        self._ids: set[str] = set()
-        self._records_in: Counter[str] = Counter()
-        self._positive: Counter[tuple[str, str]] = Counter()
-        self._negative: Counter[tuple[str, str]] = Counter()
-        self._n_bytes = 0
-        self._records_sha256 = hashlib.sha256()
-        self._finished = False
-
-    def __enter__(self) -> PreparedWriter:
-        if self.overwrite and self.out.is_dir() and any(self.out.iterdir()) and not is_prepared(self.out):
-            raise EvlecgError(
-                "the output folder is not a prepared folder, and is not replaced", where=self.out, hint="choose another"
-            )
-        with ExitStack() as stack:
-            self._folder = stack.enter_context(new_folder(self.out, self.overwrite))
-            self._signals = stack.enter_context((self._folder / "signals.bin").open("wb"))
-            self._records = stack.enter_context((self._folder / "records.jsonl").open("wb"))
-            self._quarantine = stack.enter_context((self._folder / "quarantine.jsonl").open("wb"))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: Any) -> bool | None:
-        if exception[0] is None and not self._finished:
-            exception = (AssertionError, AssertionError("finish() was not called"), None)
-            self._stack.__exit__(*exception)
-            raise exception[1]
-        return self._stack.__exit__(*exception)
-
-    def add(self, record: Record) -> None:
-        """Writes one record, or puts it into quarantine where it cannot be stored or occurs twice.
-
-        Raises:
-            EvlecgError: its patient is in another split already; the disk is full.
-        """
-        reason = self._unfit(record)
-        if reason:
-            self.reject(Rejected(record.id, reason))
-            return
-        first = self._split_of_patient.setdefault(record.patient_id, record.split)
-        if first != record.split:
-            raise EvlecgError(
-                f"a patient is in two splits, {first} and {record.split}", where=f"patient {record.patient_id}"
-            )
-        self._ids.add(record.id)
-        block = np.rint(record.signal_mV * np.float32(STEPS_PER_MV)).astype(_STEP_TYPE).tobytes()
-        labels = {code: bool(record.labels[code]) for code in self.label_names if code in record.labels}
-        row = {
-            "id": record.id,
-            "patient_id": record.patient_id,
-            "split": record.split,
-            "fs_hz": record.fs_hz,
-            "n_samples": record.signal_mV.shape[1],
-            "offset": self._n_bytes,
-            "labels": labels,
-            "age": MAX_AGE if record.age is not None and record.age > MAX_AGE - 1 else record.age,
-            "sex": record.sex,
-            "report": record.report,
-            "repairs": list(record.repairs),
-            "sha256": hashlib.sha256(block).hexdigest(),
-        }
-        line = _line(row)
-        with self._writing():
-            self._signals.write(block)
-            self._records.write(line)
-        self._n_bytes += len(block)
-        self._records_sha256.update(line)
-        self.n_kept += 1
-        self.n_repaired += bool(record.repairs)
-        self._records_in[record.split] += 1
-        for code, present in labels.items():
-            (self._positive if present else self._negative)[record.split, code] += 1
-
-    def reject(self, rejected: Rejected) -> None:
-        """Writes why a record is not here."""
-        kind = "rejected" if rejected.fault else "dropped"
-        self.n_rejected += rejected.fault
-        self.n_dropped += not rejected.fault
-        self.reasons[rejected.reason.partition(":")[0]] += 1
-        with self._writing():
-            self._quarantine.write(_line({"id": rejected.id, "kind": kind, "reason": rejected.reason}))
-
-    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Completes the folder; it takes its name when the block ends.
-
-        Args:
-            about: `dataset`, `title`, `licence`, `citation`, `source`, `options`: copied into the manifest.
-
-        Returns:
-            The manifest.
-        """
-        assessed = {code for _, code in (*self._positive, *self._negative)}
-        names = [code for code in self.label_names if code in assessed]
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "evlecg_version": __version__,
-            **about,
-            "label_names": names,
-            "label_descriptions": {code: LABELS[code] for code in names},
-            "labels_not_assessed": [code for code in self.label_names if code not in assessed],
-            "splits": {split: self._split_counts(split, names) for split in SPLITS},
-            "n_kept": self.n_kept,
-            "n_repaired": self.n_repaired,
-            "n_rejected": self.n_rejected,
-            "n_dropped": self.n_dropped,
-            "n_bytes": self._n_bytes,
-            "records_sha256": self._records_sha256.hexdigest(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        with self._writing():
-            for file in (self._signals, self._records, self._quarantine):
-                _sync(file)
-            with (self._folder / "manifest.json").open("wb") as file:
-                file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
-                _sync(file)
-        self._finished = True
-        return manifest
-
-    def _split_counts(self, split: str, names: list[str]) -> dict[str, Any]:
-        return {
-            "records": self._records_in[split],
-            "patients": sum(value == split for value in self._split_of_patient.values()),
-            "labels": {
-                code: {"positive": self._positive[split, code], "negative": self._negative[split, code]}
-                for code in names
-            },
-        }
-
-    def _unfit(self, record: Record) -> str:
-        if not _ID.fullmatch(record.id):
-            return "unusable id: letters, digits, _ - . and / only"
-        if record.id in self._ids:
-            return "duplicate: a record of this id is there already"
-        if record.signal_mV.shape[1] == 0:
-            return "empty: no samples"
-        largest_mV = float(np.abs(record.signal_mV).max())
-        if not np.isfinite(largest_mV):
-            return "not finite: NaN or infinity in the signal"
-        if round(largest_mV * STEPS_PER_MV) > np.iinfo(np.int16).max:
-            return f"absurd amplitude: {largest_mV:.1f} mV"
-        return ""
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise EvlecgError(f"the prepared folder cannot be written: {error.strerror}", where=self.out) from error
+STEP_TYPE = np.dtype("<i2")
+HASH_CHARACTERS = 32  # 128 bits of a block's SHA-256 tell records apart
+_NOT_ASSESSED = -1
 
 
 class Prepared:
     """A prepared folder, opened for reading. Cheap to send to another process: it opens the folder again there.
 
-    Use `Prepared.open(path)`.
+    Use `Prepared.open(path)`. What every record is asked for (ids, split, labels) is held in columns; the rest of a
+    record's line is parsed when the record is read.
 
     Attributes:
         path: the folder.
@@ -219,12 +43,25 @@ class Prepared:
         record_ids, patient_ids: one for each record.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], text: bytes) -> None:
         self.path = path
         self.manifest = manifest
-        self._rows = rows
-        self.record_ids: tuple[str, ...] = tuple(row["id"] for row in rows)
-        self.patient_ids: tuple[str, ...] = tuple(row["patient_id"] for row in rows)
+        self._text = text
+        lines = text.splitlines(keepends=True)
+        self._start_N = np.cumsum([0, *map(len, lines)], dtype=np.int64)
+        names = {name: column for column, name in enumerate(manifest["label_names"])}
+        self._label_NK = np.full((len(lines), len(names)), _NOT_ASSESSED, np.int8)
+        self._split_N = np.zeros(len(lines), np.int8)
+        ids, patients = [], []
+        for index, line in enumerate(lines):
+            row = json.loads(line)
+            ids.append(row["id"])
+            patients.append(row["patient_id"])
+            self._split_N[index] = SPLITS.index(row["split"])
+            for code, present in row["labels"].items():
+                self._label_NK[index, names[code]] = present
+        self.record_ids: tuple[str, ...] = tuple(ids)
+        self.patient_ids: tuple[str, ...] = tuple(patients)
 
     @classmethod
     def open(cls, path: Path) -> Prepared:
@@ -237,35 +74,29 @@ class Prepared:
             what = "not a prepared folder" if path.is_dir() else "no such folder"
             raise EvlecgError(what, where=path, hint="make one with: evlecg prepare --dataset NAME --out DIR")
         try:
-            manifest = json.loads((path / "manifest.json").read_bytes())
-            if manifest["format_version"] != FORMAT_VERSION:
-                raise EvlecgError(
-                    f"a prepared folder has format {manifest['format_version']}, this evlecg reads {FORMAT_VERSION}",
-                    where=path,
-                    hint="prepare it again with --overwrite",
-                )
+            manifest = read_manifest(path)
             text = (path / "records.jsonl").read_bytes()
             if hashlib.sha256(text).hexdigest() != manifest["records_sha256"]:
                 raise EvlecgError("a prepared folder is damaged: records.jsonl was changed", where=path)
-            rows = [json.loads(line) for line in text.splitlines()]
-            size, said = (path / "signals.bin").stat().st_size, manifest["n_bytes"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for name, said in manifest["blocks"].items():
+                size = (path / "blocks" / name).stat().st_size
+                if size != said:
+                    raise EvlecgError(
+                        f"a prepared folder is damaged: blocks/{name} holds {size} bytes, not {said}",
+                        where=path,
+                        hint="prepare it again with --overwrite",
+                    )
+            return cls(path, manifest, text)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvlecgError(
                 "a prepared folder is damaged", where=path, hint=f"{type(error).__name__}; prepare it again"
             ) from error
-        if size != said:
-            raise EvlecgError(
-                f"a prepared folder is damaged: signals.bin holds {size} bytes, not {said}",
-                where=path,
-                hint="prepare it again with --overwrite",
-            )
-        return cls(path, manifest, rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Prepared.open, (self.path,)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.record_ids)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -278,22 +109,33 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Twelve hex digits that change with any signal, label, split or label set, and with nothing else."""
-        parts = [self.manifest["dataset"], self.manifest["records_sha256"], self.manifest["label_names"]]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+        return fingerprint(self.manifest)
 
     @cached_property
-    def _steps(self) -> np.memmap:
-        return np.memmap(self.path / "signals.bin", dtype=_STEP_TYPE, mode="r")
+    def _blocks(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def _block(self, row: dict[str, Any]) -> np.ndarray:
+        """uint8 bytes of a record's block."""
+        shard = row["shard"]
+        if shard not in self._blocks:
+            self._blocks[shard] = np.memmap(self.path / "blocks" / block_name(shard), dtype=np.uint8, mode="r")
+        return self._blocks[shard][row["offset"] : row["offset"] + row["n_bytes"]]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Line `index` of records.jsonl."""
+        return json.loads(self._text[self._start_N[index] : self._start_N[index + 1]])
 
     def record(self, index: int) -> Record:
         """Record `index`; its signal is a fresh float32 [12, T] array in millivolt."""
-        row = self._rows[index]
-        start = row["offset"] // _STEP_TYPE.itemsize
-        block = self._steps[start : start + len(LEADS) * row["n_samples"]].reshape(len(LEADS), -1)
+        row = self.row(index)
+        block = self._block(row)
+        image = block.tobytes() if row.get("image") else b""
+        steps_LT = block[: 0 if image else None].view(STEP_TYPE).reshape(len(LEADS), -1)
         return Record(
             id=row["id"],
             patient_id=row["patient_id"],
-            signal_mV=np.divide(block, np.float32(STEPS_PER_MV), dtype=np.float32),
+            signal_mV=np.divide(steps_LT, np.float32(STEPS_PER_MV), dtype=np.float32),
             fs_hz=row["fs_hz"],
             labels=row["labels"],
             split=row["split"],
@@ -301,7 +143,14 @@ class Prepared:
             sex=row["sex"],
             report=row["report"],
             repairs=tuple(row["repairs"]),
+            device=row["device"],
+            image=image,
+            questions=questions_from_rows(row.get("questions", ())),
         )
+
+    def questions(self, index: int) -> tuple[Question, ...]:
+        """The dataset's own questions about record `index`, without reading its block."""
+        return questions_from_rows(self.row(index).get("questions", ()))
 
     def indices(self, split: str) -> np.ndarray:
         """int64 indices of a split's records, in order.
@@ -311,12 +160,21 @@ class Prepared:
         """
         if split not in SPLITS:
             raise EvlecgError(f"unknown split {split!r}", hint=f"known: {', '.join(SPLITS)}")
-        return np.array([index for index, row in enumerate(self._rows) if row["split"] == split], np.int64)
+        return np.flatnonzero(self._split_N == SPLITS.index(split)).astype(np.int64)
 
     def labels(self, indices: Sequence[int] | np.ndarray, names: Sequence[str]) -> np.ndarray:
         """float64 [len(indices), len(names)]: 1 present, 0 not present, NaN not assessed."""
-        found = [[float(self._rows[int(i)]["labels"].get(name, np.nan)) for name in names] for i in indices]
-        return np.array(found, np.float64).reshape(len(indices), len(names))
+        rows = np.asarray(indices, np.int64)
+        found_NK = np.full((len(rows), len(names)), np.nan)
+        for column, name in enumerate(names):
+            if name in self.label_names:
+                value_N = self._label_NK[rows, self.label_names.index(name)]
+                found_NK[:, column] = np.where(value_N == _NOT_ASSESSED, np.nan, value_N)
+        return found_NK
+
+    def hashes(self) -> dict[str, str]:
+        """Hash of every record's block -> its id: the same ECG has the same hash in every prepared folder."""
+        return {self.row(index)["sha256"]: record_id for index, record_id in enumerate(self.record_ids)}
 
     def quarantine(self) -> list[dict[str, str]]:
         """`id`, `kind` (rejected or dropped) and `reason` of each record that is not here."""
@@ -328,10 +186,49 @@ def is_prepared(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() and (folder / "records.jsonl").is_file()
 
 
-def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json of a prepared folder.
+
+    Raises:
+        EvlecgError: it was written by an evlecg of another format.
+        OSError, ValueError, KeyError: it cannot be read.
+    """
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise EvlecgError(
+            f"a prepared folder has format {manifest['format_version']}, this evlecg reads {FORMAT_VERSION}",
+            where=folder,
+            hint="prepare it again with --overwrite",
+        )
+    return manifest
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """As `Prepared.fingerprint`, from a manifest alone."""
+    parts = [manifest["dataset"], manifest["records_sha256"], manifest["label_names"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def block_name(shard: int) -> str:
+    """File of a shard's blocks below `blocks/`."""
+    return f"{shard:05d}.bin"
+
+
+def question_rows(questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Questions as JSON values; what is at its default is left out."""
+    defaults = {item.name: item.default for item in fields(Question)}
+    return [{key: value for key, value in asdict(question).items() if value != defaults[key]} for question in questions]
+
+
+def questions_from_rows(rows: Sequence[dict[str, Any]]) -> tuple[Question, ...]:
+    """The inverse of `question_rows`."""
+    return tuple(
+        Question(
+            **{
+                **row,
+                "choices": tuple(row.get("choices", ())),
+                "history": tuple((asked, replied) for asked, replied in row.get("history", ())),
+            }
+        )
+        for row in rows
+    )

@@ -49,6 +49,7 @@ LIMB_62 = np.array([[1, 0], [0, 1], [-1, 1], [-0.5, -0.5], [1, -0.5], [-0.5, 1]]
 
 NORM_SHARE, AFIB_ALONE_SHARE = 0.41, 0.025
 DISEASE_SHARE = {"MI": 0.35, "STTC": 0.27, "CD": 0.34, "HYP": 0.31}  # before "at least one" is asked for
+FS_HZ, DURATION_S = 250.0, 10.0
 SECOND_RECORD_SHARE = 0.06  # of the neighbouring pairs of records: one patient for both
 BEAT_S = (-0.40, 0.75)  # one beat's waves, around its R wave
 MAINS_HZ = 50.0
@@ -102,7 +103,7 @@ class Patient:
 
 
 def generate(
-    counts: Mapping[str, int], seed: int = 0, fs_hz: float = 250.0, duration_s: float = 10.0
+    counts: Mapping[str, int], seed: int = 0, fs_hz: float = FS_HZ, duration_s: float = DURATION_S
 ) -> Iterator[Record]:
     """Records of a whole data set, split by split.
 
@@ -118,6 +119,16 @@ def generate(
     Raises:
         EvlecgError: unknown split, negative count, negative seed, or a signal too short to hold a beat.
     """
+    check_counts(counts, seed)
+    if fs_hz < 50 or duration_s < 1:
+        raise EvlecgError(f"{duration_s} s at {fs_hz} Hz do not hold a heartbeat", hint="at least 1 s at 50 Hz")
+    return (
+        numbered(seed, split, i, fs_hz=fs_hz, duration_s=duration_s) for split in counts for i in range(counts[split])
+    )
+
+
+def check_counts(counts: Mapping[str, int], seed: int) -> None:
+    """Raises EvlecgError for an unknown split, a negative count or a negative seed."""
     for split, count in counts.items():
         if split not in SPLITS:
             raise EvlecgError(f"unknown split {split!r}", hint=nearest(split, SPLITS))
@@ -125,14 +136,15 @@ def generate(
             raise EvlecgError(f"{count} records cannot be made", where=split)
     if seed < 0:
         raise EvlecgError(f"the seed cannot be {seed}", hint="use 0 or more")
-    if fs_hz < 50 or duration_s < 1:
-        raise EvlecgError(f"{duration_s} s at {fs_hz} Hz do not hold a heartbeat", hint="at least 1 s at 50 Hz")
-    return (
-        _numbered(seed, split, i, fs_hz=fs_hz, duration_s=duration_s) for split in counts for i in range(counts[split])
-    )
 
 
-def _numbered(seed: int, split: str, i: int, *, fs_hz: float, duration_s: float) -> Record:
+def record_id(split: str, i: int) -> str:
+    """Id of record i of a split."""
+    return f"{split}-{i:06d}"
+
+
+def numbered(seed: int, split: str, i: int, *, fs_hz: float = FS_HZ, duration_s: float = DURATION_S) -> Record:
+    """Record i of a split; arguments as in `generate`."""
     split_number = SPLITS.index(split)
     shared = np.random.default_rng((seed, split_number, i // 2, 0)).random() < SECOND_RECORD_SHARE
     owner = i - i % 2 if shared else i
@@ -140,7 +152,7 @@ def _numbered(seed: int, split: str, i: int, *, fs_hz: float, duration_s: float)
     return one_record(
         np.random.default_rng((seed, split_number, i, 2)),
         patient=patient,
-        id=f"{split}-{i:06d}",
+        id=record_id(split, i),
         patient_id=f"{split}-p{owner:06d}",
         split=split,
         fs_hz=fs_hz,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from evlecg.data.gates import Mended, Unfit, mend
+from evlecg.data.gates import Mended, Unfit, lead_index, mend, resampled
 from evlecg.data.readers_base import Source
 from evlecg.data.readers_wfdb import read_header, read_signal
 from evlecg.schema import LEADS
@@ -155,6 +155,146 @@ def test_bad_shapes_are_refused(signal: np.ndarray, leads: Sequence[str], fs_hz:
 def test_unknown_unit_is_refused() -> None:
     with pytest.raises(Unfit, match="unknown unit: lead I"):
         gate(ecg(), unit="mmHg")
+
+
+def test_other_names_of_leads() -> None:
+    """Brazilian, European and IEEE 11073 names; other channels stay other."""
+    assert [lead_index(name) for name in ("DI", "DII", "D3", "C1", "c6", "MDC_ECG_LEAD_aVR", "Lead V2")] == [
+        *(0, 1, 2, 6, 11, 3, 7),
+    ]
+    assert [lead_index(name) for name in ("vx", "ECG II", "MLII", "C7", "D", "V7", "")] == [None] * 7
+
+
+# padding
+
+
+@pytest.mark.parametrize("blank", [0.0, np.nan])
+@pytest.mark.parametrize(("before", "after"), [(581, 581), (800, 0), (0, 800), (51, 51)])
+def test_padding_is_cut(before: int, after: int, blank: float) -> None:
+    signal_mV = np.pad(ecg(), ((0, 0), (before, after)), constant_values=blank)
+    mended = gate(signal_mV)
+    assert_array_equal(mended.signal_mV, ecg())
+    assert mended.repairs == (f"padding cut: {before / FS_HZ:.2f} s before, {after / FS_HZ:.2f} s after",)
+
+
+def test_short_or_partial_zeros_are_no_padding() -> None:
+    signal_mV = ecg()
+    signal_mV[:, :50] = 0  # 0.1 s, and not longer
+    signal_mV[:11, -100:] = 0  # one lead goes on
+    mended = gate(signal_mV)
+    assert mended.repairs == ()
+    assert_array_equal(mended.signal_mV, signal_mV)
+
+
+def test_zeros_inside_stay() -> None:
+    signal_mV = np.pad(ecg(), ((0, 0), (100, 0)))
+    signal_mV[:, 2000:2200] = 0
+    assert_array_equal(gate(signal_mV).signal_mV, signal_mV[:, 100:])
+
+
+def test_padded_records_that_are_too_short_or_empty() -> None:
+    with pytest.raises(Unfit, match=r"too short: 4\.00 s"):
+        gate(np.pad(ecg(4.0), ((0, 0), (1000, 1000))))
+    with pytest.raises(Unfit, match="flat leads: I, II, III"):
+        gate(np.zeros((12, 5000)))
+
+
+def test_padding_in_derived_leads_and_other_units() -> None:
+    padded = np.pad(ecg() * 1000, ((0, 0), (300, 0)))
+    kept = [0, 1, *range(6, 12)]
+    mended = gate(padded[kept], [LEADS[index] for index in kept], unit="uV")
+    assert_allclose(mended.signal_mV, ecg(), atol=1e-5)
+    assert mended.repairs[1] == "padding cut: 0.60 s before, 0.00 s after"
+
+
+def test_real_records_are_not_trimmed(shared_data: Path) -> None:
+    """LUDB and CODE-15 as unpadded WFDB: no recording begins or ends in zeros."""
+    for folder in ("ludb", "code15_wfdb"):
+        source = Source(shared_data / folder)
+        for path in source.find(".hea")[::5]:
+            header = read_header(source, path)
+            raw = read_signal(source, header)
+            try:
+                mended = mend(raw.values, raw.leads, raw.units, header.fs_hz)
+            except Unfit:
+                continue
+            assert mended.signal_mV.shape[1] == header.n_samples
+            padded = np.pad(raw.values, ((0, 0), (581, 581)))
+            live = np.flatnonzero(mended.signal_mV.any(axis=0))  # one record begins with one sample of its padding
+            live_mV = mended.signal_mV[:, live[0] : live[-1] + 1]
+            assert_array_equal(mend(padded, raw.leads, raw.units, header.fs_hz).signal_mV, live_mV)
+
+
+# resampling
+
+
+def tone(frequency_hz: float, fs_hz: float, duration_s: float = 10.0) -> np.ndarray:
+    """float32 [12, T] of amplitude 1."""
+    time_s = np.arange(round(duration_s * fs_hz)) / fs_hz
+    return np.sin(2 * np.pi * frequency_hz * time_s)[None].repeat(12, axis=0).astype(np.float32)
+
+
+RATES = [(500, 100), (257, 500), (1000, 500), (400, 500), (1000, 257), (360.5, 500)]
+
+
+@pytest.mark.parametrize(("fs_hz", "to_fs_hz"), RATES)
+def test_tones_below_the_new_nyquist_frequency_are_kept(fs_hz: float, to_fs_hz: float) -> None:
+    for frequency_hz in (1.0, 0.4 * min(fs_hz, to_fs_hz)):
+        changed = resampled(tone(frequency_hz, fs_hz), fs_hz, to_fs_hz)
+        expected = tone(frequency_hz, to_fs_hz)
+        assert changed.shape == expected.shape and changed.dtype == np.float32
+        inside = slice(round(to_fs_hz), -round(to_fs_hz))
+        assert_allclose(changed[:, inside], expected[:, inside], atol=0.01)  # amplitude and phase within 1 %
+
+
+@pytest.mark.parametrize(("fs_hz", "to_fs_hz"), [(500, 100), (1000, 500), (1000, 257), (500, 400)])
+def test_tones_above_the_new_nyquist_frequency_vanish(fs_hz: float, to_fs_hz: float) -> None:
+    for frequency_hz in (0.51 * to_fs_hz, 0.6 * to_fs_hz, 0.49 * fs_hz):
+        changed = resampled(tone(frequency_hz, fs_hz), fs_hz, to_fs_hz)
+        inside = slice(round(to_fs_hz), -round(to_fs_hz))
+        level_dB = 20 * np.log10(np.abs(changed[:, inside]).max())
+        assert level_dB < -50
+        assert (
+            np.abs(tone(frequency_hz, fs_hz)[:, :: int(fs_hz // to_fs_hz) or 1]).max() > 0.5
+        )  # taking samples would not
+
+
+@pytest.mark.parametrize(("fs_hz", "to_fs_hz"), RATES)
+def test_an_impulse_stays_where_it_was(fs_hz: float, to_fs_hz: float) -> None:
+    for at_s in (0.4, 5.0, 9.6):
+        time_s = np.arange(round(10 * fs_hz)) / fs_hz
+        pulse = np.exp(-(((time_s - at_s) / 0.015) ** 2))[None].repeat(12, axis=0)
+        changed = resampled(pulse, fs_hz, to_fs_hz)
+        to_time_s = np.arange(changed.shape[1]) / to_fs_hz
+        centre_s = (changed * to_time_s).sum(axis=1) / changed.sum(axis=1)
+        assert_allclose(centre_s, at_s, atol=1e-4)
+        assert_allclose(changed[0], np.exp(-(((to_time_s - at_s) / 0.015) ** 2)), atol=0.005)
+
+
+@pytest.mark.parametrize(("fs_hz", "to_fs_hz"), RATES)
+def test_ends_ring_no_steps(fs_hz: float, to_fs_hz: float) -> None:
+    """An offset and a drift, far from zero at both ends, come out as the same line."""
+    time_s = np.arange(round(10 * fs_hz)) / fs_hz
+    line = (3 - 0.4 * time_s)[None].repeat(12, axis=0).astype(np.float32)
+    changed = resampled(line, fs_hz, to_fs_hz)
+    assert_allclose(changed[0], 3 - 0.4 * np.arange(changed.shape[1]) / to_fs_hz, atol=0.003)
+
+
+def test_the_same_rate_changes_nothing_and_odd_rates_are_refused() -> None:
+    signal_mV = ecg()
+    assert resampled(signal_mV, 500, 500) is signal_mV
+    for rate in (float("nan"), 0.0, 1e6):
+        with pytest.raises(Unfit, match="implausible sampling rate"):
+            resampled(signal_mV, 500, rate)
+
+
+def test_real_records_there_and_back(shared_data: Path) -> None:
+    """500 Hz to 1000 Hz and back gives the record again, up to what lies above 200 Hz."""
+    source = Source(shared_data / "ludb")
+    raw = read_signal(source, read_header(source, "data/1.hea"))
+    back = resampled(resampled(raw.values, 500, 1000), 1000, 500)
+    inside = slice(100, -100)
+    assert_allclose(back[:, inside], raw.values[:, inside], atol=0.02)
 
 
 def test_noisy_real_records(shared_data: Path) -> None:

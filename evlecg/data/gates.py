@@ -8,12 +8,16 @@ still read is kept:
 - `PLATEAU_MV`, `PLATEAU_S`: an amplifier at its rail holds one value; the longest such plateau in a readable record
   lasts 0.11 s at 3.2 mV.
 - `GAP_S`: 50 ms is half a QRS; a straight line over more than that would invent a waveform.
+- `PADDING_S`: all 12 leads at exactly zero (or without numbers) for longer than 0.1 s at an end is what was appended to
+  reach a fixed length (CODE-15), not a recording: unpadded records begin or end so for 2.5 ms at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,6 +25,7 @@ from evlecg.schema import LEADS
 
 MIN_DURATION_S = 5.0
 GAP_S = 0.05
+PADDING_S = 0.1
 FLAT_MV = 0.05
 FLAT_SHARE = 0.5  # a lead that holds one value for this share of the record was off for too long
 LIMIT_MV = 20.0
@@ -32,14 +37,27 @@ MIN_FS_HZ, MAX_FS_HZ = 50.0, 20_000.0
 MV_PER_UNIT = {
     "mv": 1.0,
     "millivolt": 1.0,
+    "millivolts": 1.0,
     "uv": 1e-3,
     "µv": 1e-3,
     "μv": 1e-3,
     "microvolt": 1e-3,
+    "microvolts": 1e-3,
+    "nv": 1e-6,
     "v": 1e3,
     "volt": 1e3,
+    "volts": 1e3,
 }
 _LEAD_OF = {name.lower(): index for index, name in enumerate(LEADS)}
+# what Brazilian (D), European (C) and IEEE 11073 files call them
+_LEAD_OF |= {f"d{name}": index for name, index in (("i", 0), ("ii", 1), ("iii", 2), ("1", 0), ("2", 1), ("3", 2))}
+_LEAD_OF |= {f"c{number}": 5 + number for number in range(1, 7)}
+_LEAD_PREFIXES = ("mdc_ecg_lead_", "lead ")
+
+# Resampling: flat to 0.8 of the lower Nyquist frequency, 60 dB down at that frequency itself.
+_PASS_SHARE = 0.8
+_STOP_DB = 60.0
+_LARGEST_TERM = 5000  # of the ratio of two rates: 257 -> 500 needs 500/257, a rate with decimals more
 
 
 class Unfit(Exception):
@@ -61,7 +79,10 @@ class Mended:
 
 def lead_index(name: str) -> int | None:
     """Place of a lead in `LEADS` (any case), or None for other channels."""
-    return _LEAD_OF.get(name.strip().lower().removeprefix("lead ").strip())
+    name = name.strip().lower()
+    for prefix in _LEAD_PREFIXES:
+        name = name.removeprefix(prefix).strip()
+    return _LEAD_OF.get(name)
 
 
 def mend(signal: np.ndarray, leads: Sequence[str], units: Sequence[str], fs_hz: float) -> Mended:
@@ -83,13 +104,63 @@ def mend(signal: np.ndarray, leads: Sequence[str], units: Sequence[str], fs_hz: 
         raise Unfit("empty: no samples")
     if not MIN_FS_HZ <= fs_hz <= MAX_FS_HZ:
         raise Unfit(f"implausible sampling rate: {fs_hz:g} Hz")
-    if signal.shape[1] < MIN_DURATION_S * fs_hz:
-        raise Unfit(f"too short: {signal.shape[1] / fs_hz:.2f} s, at least {MIN_DURATION_S:g} s are needed")
+    _check_duration(signal.shape[1], fs_hz)
     repairs: list[str] = []
-    signal_mV = _ordered(signal, leads, units, repairs)
+    signal_mV = _trim_padding(_ordered(signal, leads, units, repairs), fs_hz, repairs)
     _bridge_gaps(signal_mV, fs_hz, repairs)
     _check_leads(signal_mV, fs_hz)
     return Mended(signal_mV, tuple(repairs))
+
+
+def resampled(signal_mV: np.ndarray, fs_hz: float, to_fs_hz: float) -> np.ndarray:
+    """A signal at another sampling rate: sample k of the result lies at k / `to_fs_hz` seconds.
+
+    Polyphase, with a linear-phase low-pass that is flat within 0.2 % up to 0.8 of the lower of the two Nyquist
+    frequencies and 60 dB down from there on. The ends are continued by their own point reflection, so that an offset
+    or a slope at an end rings no step into the result.
+
+    Args:
+        signal_mV: float [leads, T], finite.
+        fs_hz: its samples a second.
+        to_fs_hz: the wanted rate.
+
+    Returns:
+        float32 [leads, ceil(T * to_fs_hz / fs_hz)]; the input itself where the rates are equal.
+
+    Raises:
+        Unfit: the two rates have no ratio that can be handled (a rate that is not a number).
+    """
+    if to_fs_hz == fs_hz:
+        return signal_mV
+    if not (MIN_FS_HZ <= fs_hz <= MAX_FS_HZ and MIN_FS_HZ <= to_fs_hz <= MAX_FS_HZ):
+        raise Unfit(f"implausible sampling rate: {fs_hz:g} Hz to {to_fs_hz:g} Hz")
+    from scipy.signal import resample_poly  # a slow import: most records keep their rate
+
+    ratio = Fraction(Fraction(to_fs_hz) / Fraction(fs_hz)).limit_denominator(_LARGEST_TERM)
+    up, down = ratio.numerator, ratio.denominator
+    taps = _low_pass(max(up, down))
+    n_samples = signal_mV.shape[1]
+    blocks = -(-len(taps) // (2 * up * down)) + 1  # whole multiples of `down` samples stay whole after the change
+    around = blocks * down
+    continued = np.pad(signal_mV.astype(np.float32), ((0, 0), (around, around)), mode="reflect", reflect_type="odd")
+    changed = resample_poly(continued, up, down, axis=1, window=taps)
+    start = blocks * up
+    return np.ascontiguousarray(changed[:, start : start - (-n_samples * up // down)], np.float32)
+
+
+@lru_cache(maxsize=8)
+def _low_pass(factor: int) -> np.ndarray:
+    """Taps of a low-pass at 1/`factor` of the Nyquist frequency of the upsampled signal."""
+    from scipy.signal import firwin, kaiser_beta, kaiserord
+
+    n_taps, _ = kaiserord(_STOP_DB, (1 - _PASS_SHARE) / factor)
+    middle = (1 + _PASS_SHARE) / 2 / factor
+    return firwin(n_taps | 1, middle, window=("kaiser", float(kaiser_beta(_STOP_DB)))).astype(np.float32)
+
+
+def _check_duration(n_samples: int, fs_hz: float) -> None:
+    if n_samples < MIN_DURATION_S * fs_hz:
+        raise Unfit(f"too short: {n_samples / fs_hz:.2f} s, at least {MIN_DURATION_S:g} s are needed")
 
 
 def _ordered(signal: np.ndarray, leads: Sequence[str], units: Sequence[str], repairs: list[str]) -> np.ndarray:
@@ -129,6 +200,29 @@ def _ordered(signal: np.ndarray, leads: Sequence[str], units: Sequence[str], rep
         signal_mV[index] = derive[index]()
     repairs.append(f"derived {names} from the other limb leads")
     return signal_mV
+
+
+def _trim_padding(signal_mV: np.ndarray, fs_hz: float, repairs: list[str]) -> np.ndarray:
+    """Without the ends at which every lead is zero or no number for longer than `PADDING_S`."""
+
+    def blank(at: int | slice) -> np.ndarray:
+        part = signal_mV[:, at]
+        return ~(np.isfinite(part) & (part != 0)).any(axis=0)
+
+    if not (blank(0) or blank(-1)):  # nearly all records: two columns decide
+        return signal_mV
+    live = np.flatnonzero(~blank(slice(None)))
+    if not live.size:  # nothing at all: the gate for flat leads says it better
+        return signal_mV
+    before, after = int(live[0]), signal_mV.shape[1] - 1 - int(live[-1])
+    start = before if before > PADDING_S * fs_hz else 0
+    end = signal_mV.shape[1] - (after if after > PADDING_S * fs_hz else 0)
+    if (start, end) == (0, signal_mV.shape[1]):
+        return signal_mV
+    _check_duration(end - start, fs_hz)
+    before_s, after_s = start / fs_hz, (signal_mV.shape[1] - end) / fs_hz
+    repairs.append(f"padding cut: {before_s:.2f} s before, {after_s:.2f} s after")
+    return np.ascontiguousarray(signal_mV[:, start:end])
 
 
 def _bridge_gaps(signal_mV: np.ndarray, fs_hz: float, repairs: list[str]) -> None:

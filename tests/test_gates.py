@@ -278,6 +278,10 @@ def test_ends_ring_no_steps(fs_hz: float, to_fs_hz: float) -> None:
     line = (3 - 0.4 * time_s)[None].repeat(12, axis=0).astype(np.float32)
     changed = resampled(line, fs_hz, to_fs_hz)
     assert_allclose(changed[0], 3 - 0.4 * np.arange(changed.shape[1]) / to_fs_hz, atol=0.003)
+    ramp = (20 * time_s)[None].repeat(12, axis=0).astype(np.float32)  # steep: a kink at its start would show
+    first = slice(0, round(0.05 * to_fs_hz))
+    expected = 20 * np.arange(first.stop) / to_fs_hz
+    assert_allclose(resampled(ramp, fs_hz, to_fs_hz)[0, first], expected, atol=0.005)
 
 
 def test_the_same_rate_changes_nothing_and_odd_rates_are_refused() -> None:

@@ -150,12 +150,12 @@ def resampled(signal_mV: np.ndarray, fs_hz: float, to_fs_hz: float) -> np.ndarra
 
 @lru_cache(maxsize=8)
 def _low_pass(factor: int) -> np.ndarray:
-    """Taps of a low-pass at 1/`factor` of the Nyquist frequency of the upsampled signal."""
-    from scipy.signal import firwin, kaiser_beta, kaiserord
-
-    n_taps, _ = kaiserord(_STOP_DB, (1 - _PASS_SHARE) / factor)
-    middle = (1 + _PASS_SHARE) / 2 / factor
-    return firwin(n_taps | 1, middle, window=("kaiser", float(kaiser_beta(_STOP_DB)))).astype(np.float32)
+    """Taps (odd in number, sum 1) of a low-pass at 1/`factor` of the Nyquist frequency: a sinc under a Kaiser window."""
+    width, middle = (1 - _PASS_SHARE) / factor, (1 + _PASS_SHARE) / 2 / factor  # shares of the Nyquist frequency
+    half = int(np.ceil((_STOP_DB - 7.95) / (2.285 * np.pi * width) / 2))  # Kaiser's own estimates of length and beta
+    at = np.arange(-half, half + 1)
+    taps = np.sinc(middle * at) * np.kaiser(at.size, 0.1102 * (_STOP_DB - 8.7))
+    return (taps / taps.sum()).astype(np.float32)
 
 
 def _check_duration(n_samples: int, fs_hz: float) -> None:

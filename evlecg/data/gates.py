@@ -77,6 +77,7 @@ class Mended:
     repairs: tuple[str, ...]
 
 
+@lru_cache(maxsize=4096)
 def lead_index(name: str) -> int | None:
     """Place of a lead in `LEADS` (any case), or None for other channels."""
     name = name.strip().lower()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from evlecg.data.labels import resolve_labels
-from evlecg.data.readers import READERS, Reader, ReadOptions, Rejected, Source, find_reader, home_of
+from evlecg.data.readers import READERS, Reader, ReadOptions, Rejected, Source, detect, find_reader, home_of
 from evlecg.data.store import Prepared, PreparedWriter, is_prepared
 from evlecg.errors import EvlecgError
 from evlecg.progress import Progress
@@ -106,10 +106,10 @@ def prepare(
     options = ReadOptions(labels=wanted, seed=seed, fs_hz=fs, counts=dict(counts or {}))
     with PreparedWriter(out, label_names=wanted, overwrite=overwrite) as writer:
         reading = reader.open(cast(Any, opened), options)
-        if reading.total == 0:
+        if reading.n_entries() == 0:
             raise EvlecgError("the dataset is empty: no record was found", where=source or dataset, hint=reader.needs)
-        progress.info(f"preparing {reader.title}: {reading.total} records")
-        with progress.task(f"prepare {dataset}", reading.total) as advance:
+        progress.info(f"preparing {reader.title}: {reading.n_entries()} records")
+        with progress.task(f"prepare {dataset}", reading.n_entries()) as advance:
             for item in reading.records():
                 if isinstance(item, Rejected):
                     progress.detail(f"{item.id}: {item.reason}")
@@ -124,7 +124,7 @@ def prepare(
             raise EvlecgError("no record could be used", where=source or dataset, hint=often)
         if strict and writer.n_rejected:
             raise EvlecgError(
-                f"{writer.n_rejected} of {reading.total} records were rejected", where=dataset, hint=often
+                f"{writer.n_rejected} of {reading.n_entries()} records were rejected", where=dataset, hint=often
             )
         manifest = writer.finish(
             {
@@ -194,7 +194,7 @@ def find_dataset(name_or_dir: str, roots: list[Path]) -> FoundDataset | None:
         return None
     if is_prepared(folder):
         return FoundDataset(folder, True, Prepared.open(folder).manifest["dataset"])
-    dataset = next((name for name in READERS if looks_raw(name, folder)), None)
+    dataset = detect(folder)
     if dataset is None:
         return None
     folder = folder.resolve()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ class Source:
     def exists(self, relative: str) -> bool:
         return self.path(relative).is_file()
 
-    def find(self, suffix: str) -> list[str]:
-        """Relative paths of all files with a suffix, hidden ones apart, sorted."""
+    def find(self, suffix: str | tuple[str, ...]) -> list[str]:
+        """Relative paths of all files with a suffix (or one of several), hidden ones apart, sorted."""
         found: list[str] = []
         for folder, folders, files in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -129,6 +130,27 @@ class Source:
             "n_bytes": sum(size for size, _ in self._sha256.values()),
             "sha256": digest.hexdigest(),
         }
+
+
+class Listing(Iterable[Any]):
+    """Entries that are listed when they are first asked for: only the main process asks, workers get theirs handed out.
+
+    Args:
+        make: lists them, in an order that never changes.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _entries(self) -> list[Any]:
+        return list(self._make())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 @dataclass(frozen=True)
@@ -170,6 +192,12 @@ class Reading:
                 yield Rejected(self.name(entry), error.what)
             except (ValueError, LookupError, OverflowError) as error:
                 yield Rejected(self.name(entry), f"malformed: {type(error).__name__}")
+
+    def n_entries(self) -> int | None:
+        """`total`, else what listing the entries tells; None where only reading them would."""
+        if self.total is not None:
+            return self.total
+        return len(self.entries) if isinstance(self.entries, Sized) else None
 
 
 def split_of(patient_id: str, seed: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from evlecg.data.readers_base import Reading, ReadOptions, Rejected, Source, locate
+from evlecg.data.readers_base import Reading, ReadOptions, Rejected, Source, levels, locate
 from evlecg.data.readers_cinc import is_cinc, is_cohort, is_csn, open_cinc2020, open_cinc2021, open_cohorts
 from evlecg.data.readers_cpsc import is_cpsc2018, open_cpsc2018
 from evlecg.data.readers_ludb import is_ludb, open_ludb
@@ -262,8 +262,13 @@ def home_of(name: str, folder: Path) -> Path | None:
 def detect(folder: Path) -> str | None:
     """Name of the dataset that lies in a folder, or just below it; None where none is found.
 
-    The one whose top folder is nearest decides, so that the tree of a challenge is not taken for one of its cohorts;
-    between equals, the first row.
+    The nearest level decides, so that the tree of a challenge is not taken for one of its cohorts; on one level, the
+    first row.
     """
-    found = [(len(home.relative_to(folder).parts), name) for name in READERS if (home := home_of(name, folder))]
-    return min(found, key=lambda item: item[0])[1] if found else None
+    for level in levels(folder) if folder.is_dir() else ():
+        for name, reader in READERS.items():
+            if reader.is_home is not None:
+                homes = sum(map(reader.is_home, level))
+                if homes == 1 or (homes and reader.merge):
+                    return name
+    return None

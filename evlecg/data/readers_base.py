@@ -238,15 +238,29 @@ def locate(folder: Path, is_home: Callable[[Path], bool], *, merge: bool = False
         merge: where several match, they are parts of one dataset, and their common parent is its top; otherwise
             several are ambiguous, and count as none.
     """
-    level = [folder]
-    for _ in range(SEARCH_DEPTH + 1):
+    for level in levels(folder):
         homes = [path for path in level if is_home(path)]
         if len(homes) == 1:
             return homes[0]
         if homes:
             return Path(os.path.commonpath(homes)) if merge else None
+    return None
+
+
+def levels(folder: Path) -> Iterator[list[Path]]:
+    """The folder, the folders in it, those in them, ... as deep and as wide as a download may be wrapped."""
+    level = [folder]
+    for _ in range(SEARCH_DEPTH + 1):
+        yield level
         level = [path for parent in level for path in sorted(parent.iterdir()) if path.is_dir()]
         level = [path for path in level if not path.name.startswith(".")]
         if len(level) > SEARCH_WIDTH:
-            return None
-    return None
+            return
+
+
+def names_in(folder: Path, suffix: str) -> Iterator[str]:
+    """Names, without the suffix, of the files in a folder; lazy, so that the first wrong one can end a search."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix) and not entry.name.startswith("."):
+                yield entry.name.removesuffix(suffix)

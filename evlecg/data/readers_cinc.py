@@ -23,7 +23,17 @@ from typing import NamedTuple
 
 from evlecg.data.gates import mend
 from evlecg.data.labels import COHORTS, COHORTS_2020, SIDECAR_NAMES, cinc_labels
-from evlecg.data.readers_base import Dropped, Listing, Reading, ReadOptions, Source, parse_age, parse_sex, split_of
+from evlecg.data.readers_base import (
+    Dropped,
+    Listing,
+    Reading,
+    ReadOptions,
+    Source,
+    names_in,
+    parse_age,
+    parse_sex,
+    split_of,
+)
 from evlecg.data.readers_ptbxl import SPLIT_OF_FOLD
 from evlecg.data.readers_wfdb import read_header, read_signal, with_gain
 from evlecg.schema import Record
@@ -82,13 +92,22 @@ def is_cinc(folder: Path) -> bool:
     """The tree of a challenge, or any folder of headers with their .mat files."""
     if any((folder / cohort).is_dir() or (folder / "training" / cohort).is_dir() for cohort in COHORTS):
         return True
-    return any(path.with_suffix(".mat").exists() for path in folder.glob("*.hea"))
+    return any((folder / f"{name}.mat").exists() for name in names_in(folder, ".hea"))
 
 
 def is_cohort(letters: str, folder: Path) -> bool:
     """A folder of headers that all bear names of these cohorts."""
-    cohorts = {cohort_of(path.name) or "?" for path in folder.glob("*.hea")}
-    return bool(cohorts) and cohorts <= set(letters)
+    return all_named(folder, ".hea", lambda name: (cohort_of(name) or "?") in letters)
+
+
+def all_named(folder: Path, suffix: str, fits: Callable[[str], object]) -> bool:
+    """Whether a folder has files with a suffix, and the names of all of them fit."""
+    some = False
+    for name in names_in(folder, suffix):
+        if not fits(name):
+            return False
+        some = True
+    return some
 
 
 def is_csn(folder: Path) -> bool:

@@ -18,8 +18,18 @@ import numpy as np
 
 from evlecg.data.gates import Unfit, mend
 from evlecg.data.labels import CPSC_NAMES, CPSC_NUMBERS, CPSC_SNOMED, cpsc_labels
-from evlecg.data.readers_base import Dropped, Listing, Reading, ReadOptions, Source, parse_age, parse_sex, split_of
-from evlecg.data.readers_cinc import CincEntry, is_cohort, list_cinc, read_cinc, stem_of
+from evlecg.data.readers_base import (
+    Dropped,
+    Listing,
+    Reading,
+    ReadOptions,
+    Source,
+    names_in,
+    parse_age,
+    parse_sex,
+    split_of,
+)
+from evlecg.data.readers_cinc import CincEntry, all_named, is_cohort, list_cinc, read_cinc, stem_of
 from evlecg.schema import LEADS, Record
 
 FS_HZ = 500.0
@@ -40,8 +50,7 @@ def is_cpsc2018(folder: Path) -> bool:
         with table.open(encoding="utf-8-sig", errors="replace") as file:
             if _LABELS[0] in file.readline():
                 return True
-    mats = [path.stem for path in folder.glob("*.mat")]
-    return bool(mats) and all(_ID.fullmatch(name) for name in mats) and not any(folder.glob("*.hea"))
+    return all_named(folder, ".mat", _ID.fullmatch) and not any(names_in(folder, ".hea"))
 
 
 def open_cpsc2018(source: Source, options: ReadOptions) -> Reading:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from evlecg.data.gates import mend
 from evlecg.data.labels import ptb_labels
 from evlecg.data.readers_base import Dropped, Listing, Reading, ReadOptions, Source, parse_age, parse_sex, split_of
-from evlecg.data.readers_cinc import CincEntry, is_cohort, list_cinc, open_cohorts, stem_of
+from evlecg.data.readers_cinc import CincEntry, all_named, is_cohort, list_cinc, open_cohorts, stem_of
 from evlecg.data.readers_wfdb import read_header, read_signal
 from evlecg.schema import Record
 
@@ -32,10 +32,9 @@ class _Native(NamedTuple):
 def is_ptb(folder: Path) -> bool:
     if is_cohort("S", folder):
         return True
-    names = [path.stem for path in folder.glob("*.hea")]
-    if names:
-        return not _PATIENT.fullmatch(folder.name) and all(_RECORD.fullmatch(name) for name in names)
-    return any(_PATIENT.fullmatch(path.name) for path in folder.glob("patient*"))
+    if any(_PATIENT.fullmatch(path.name) for path in folder.glob("patient*")):
+        return True
+    return not _PATIENT.fullmatch(folder.name) and all_named(folder, ".hea", _RECORD.fullmatch)
 
 
 def open_ptb(source: Source, options: ReadOptions) -> Reading:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ class Source:
             raise Unfit("a file name leads out of the source folder")
         return f"{self._prefix}{plain}"
 
-    def find(self, suffix: str) -> list[str]:
-        """Relative paths of all files with a suffix, hidden ones apart, sorted."""
+    def find(self, suffix: str | tuple[str, ...]) -> list[str]:
+        """Relative paths of all files with a suffix (or one of several), hidden ones apart, sorted."""
         found: list[str] = []
         for folder, folders, files in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -147,6 +148,27 @@ class Source:
                 inside = os.path.relpath(path, self.root)
                 digest.update(f"{inside}\t{status.st_size}\t{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:32]
+
+
+class Listing(Iterable[Any]):
+    """Entries that are listed when they are first asked for: only the main process asks, workers get theirs handed out.
+
+    Args:
+        make: lists them, in an order that never changes.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _entries(self) -> list[Any]:
+        return list(self._make())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 @dataclass(frozen=True)
@@ -191,6 +213,12 @@ class Reading:
             except (ValueError, LookupError, OverflowError) as error:
                 yield Rejected(self.name(entry), f"malformed: {type(error).__name__}")
 
+    def n_entries(self) -> int | None:
+        """`total`, else what listing the entries tells; None where only reading them would."""
+        if self.total is not None:
+            return self.total
+        return len(self.entries) if isinstance(self.entries, Sized) else None
+
 
 def split_of(patient_id: str, seed: int) -> str:
     """The split of a patient: the same on every machine, about 80/10/10, other for another seed."""
@@ -230,15 +258,29 @@ def locate(folder: Path, is_home: Callable[[Path], bool], *, merge: bool = False
         merge: where several match, they are parts of one dataset, and their common parent is its top; otherwise
             several are ambiguous, and count as none.
     """
-    level = [folder]
-    for _ in range(SEARCH_DEPTH + 1):
+    for level in levels(folder):
         homes = [path for path in level if is_home(path)]
         if len(homes) == 1:
             return homes[0]
         if homes:
             return Path(os.path.commonpath(homes)) if merge else None
+    return None
+
+
+def levels(folder: Path) -> Iterator[list[Path]]:
+    """The folder, the folders in it, those in them, ... as deep and as wide as a download may be wrapped."""
+    level = [folder]
+    for _ in range(SEARCH_DEPTH + 1):
+        yield level
         level = [path for parent in level for path in sorted(parent.iterdir()) if path.is_dir()]
         level = [path for path in level if not path.name.startswith(".")]
         if len(level) > SEARCH_WIDTH:
-            return None
-    return None
+            return
+
+
+def names_in(folder: Path, suffix: str) -> Iterator[str]:
+    """Names, without the suffix, of the files in a folder; lazy, so that the first wrong one can end a search."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix) and not entry.name.startswith("."):
+                yield entry.name.removesuffix(suffix)

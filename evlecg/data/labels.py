@@ -98,6 +98,13 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
         "AFIB", "AFLT", "BBB", "BRADY", "LBBB", "RBBB", "1AVB", "IRBBB", "LAD", "LAFB", "LVOLT", "IVCD", "SR", "PAC",
         "PACE", "PRWP", "PVC", "LPR", "LNGQT", "QWAVE", "RAD", "SARRH", "SBRAD", "STACH", "TAB", "INVT",
     ),
+    "code15-6": ("1AVB", "RBBB", "LBBB", "SBRAD", "STACH", "AFIB"),
+    # what the cart's own statements of MIMIC-IV-ECG decide: a machine's labels, not a reader's
+    "mimic-machine": (
+        *SUPERCLASSES, "SR", "AFIB", "AFLT", "SBRAD", "STACH", "SARRH", "PACE", "SVTAC", "PAC", "PVC", "BIGU", "TRIGU",
+        "1AVB", "2AVB", "3AVB", "LBBB", "RBBB", "ILBBB", "IRBBB", "LAFB", "LPFB", "IVCD", "WPW", "LVH", "RVH", "LAE",
+        "RAE", "LAD", "RAD", "LVOLT", "STD", "STE", "TAB", "PRWP", "LNGQT",
+    ),
     "ludb": (
         *SUPERCLASSES, "SR", "AFIB", "AFLT", "SBRAD", "STACH", "SARRH", "PACE", "PAC", "PVC", "1AVB", "3AVB", "LBBB",
         "RBBB", "ILBBB", "IRBBB", "LAFB", "IVCD", "LVH", "RVH", "LAE", "RAE", "LAD", "RAD",

@@ -107,7 +107,7 @@ def test_as_published(tmp_path: Path, layout: str) -> None:
 
 
 def test_partial_copies_and_strays(tmp_path: Path) -> None:
-    write_part(tmp_path / "sub" / "exams_part1.hdf5", {10: tracing(1), 99: tracing(9), 11: tracing(2, 1900)})
+    write_part(tmp_path / "sub" / "exams_part1.hdf5", {10: tracing(1), 15: tracing(9), 11: tracing(2, 1900)})
     (tmp_path / "exams_part2.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(500))  # an interrupted download
     with h5py.File(tmp_path / "exams_part3.hdf5", "w") as file:
         file["exam_id"] = np.array([50])
@@ -116,7 +116,7 @@ def test_partial_copies_and_strays(tmp_path: Path) -> None:
     write_exams(tmp_path, rows)
     found = read(tmp_path)
     assert reasons(found) == {
-        "99": "no row in exams.csv",
+        "15": "no row in exams.csv",
         "11": "too short: 4.75 s, at least 5 s are needed",
         "12": "listed, but not in its part",
         "20": "part not in this copy: exams_part0.hdf5",

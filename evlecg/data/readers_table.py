@@ -127,7 +127,7 @@ def read_table(source: Source, options: ReadOptions) -> Table | None:
     cells = [{name: (value or "").strip() for name, value in row.items() if isinstance(name, str)} for row in rows]
     if not cells:
         raise EvlecgError("the label table has no rows", where=where, hint=seen)
-    columns = [name for name in free if _is_label_column(name, cells, where)]
+    columns = [name for name in free if _is_label_column(name, cells, where, strict="labels" not in others)]
     if "labels" in others and columns:
         what = f"the label table has a column `labels`, and label columns: {', '.join(columns[:5])}"
         raise EvlecgError(what, where=where, hint="keep one of the two; a name that begins with _ is left out")
@@ -252,12 +252,15 @@ def _record_name(cell: str) -> str:
     return os.path.normpath(name) if name else ""
 
 
-def _is_label_column(name: str, rows: list[dict[str, str]], where: Path) -> bool:
+def _is_label_column(name: str, rows: list[dict[str, str]], where: Path, *, strict: bool) -> bool:
+    """Whether it holds 0, 1 or nothing; a mixture with other values is an error where `strict`, else no label."""
     cells = [row[name].lower() for row in rows]
     if not any(cell in _YES or cell in _NO for cell in cells):
         return False
     for number, cell in enumerate(cells, 2):
         if cell not in _YES and cell not in _NO and cell not in _EMPTY:
+            if not strict:
+                return False
             raise EvlecgError(
                 f"the column {name!r} of the label table holds {cell[:40]!r}, which is neither 0, 1 nor empty",
                 where=f"{where}, row {number}",

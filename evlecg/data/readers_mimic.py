@@ -103,7 +103,7 @@ STATEMENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("repolarization abnormality", ("TAB", "STTC")),
     ("st abnormality", ("STTC",)), ("st changes", ("STTC",)),
     ("poor r wave progression", ("PRWP",)), ("poor r-wave progression", ("PRWP",)),
-    ("borderline prolonged qt", ()), ("prolonged qt", ("LNGQT", "STTC")), ("long qt", ("LNGQT", "STTC")),
+    ("prolonged qt", ("LNGQT", "STTC")), ("long qt", ("LNGQT", "STTC")),
 )
 # fmt: on
 # Behind one of these, within its statement, nothing is certain ("borderline" grades a finding, and is one of them).
@@ -124,6 +124,8 @@ HEDGES = (
     "cannot exclude",
     "versus",
     "or",
+    "atrial fibrillation/flutter",
+    "atrial flutter/fibrillation",
 )  # fmt: skip
 DENIALS = ("no ", "not ", "without ", "no longer ", "absence of ")  # a statement that begins so counts for nothing
 GIVEN_UP = (  # nothing is assessed beyond what is said

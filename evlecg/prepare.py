@@ -149,7 +149,8 @@ def prepare(
         RunFailed: a worker died; what was done stays, and the same call goes on there.
     """
     reader = find_reader(dataset)
-    wanted = resolve_labels(labels or reader.labels)
+    sets = labels or reader.labels
+    wanted = resolve_labels(sets) if sets else ()  # none: the folder brings its own
     if fs is not None and fs < 50:
         raise EvlecgError(f"{fs} Hz are too few to draw an ECG", where="fs", hint="50 or more")
     if workers is not None and workers < 1:

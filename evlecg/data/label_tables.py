@@ -219,6 +219,12 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
     "code15-6": _CODE15,
     # ECGBench asks for the six and NORM; what is neither it calls ABNORMAL, which is not NORM
     "code15-7": (*_CODE15, "NORM"),
+    # what the cart's own statements of MIMIC-IV-ECG decide: a machine's labels, not a reader's
+    "mimic-machine": (
+        *SUPERCLASSES, "SR", "AFIB", "AFLT", "SBRAD", "STACH", "SARRH", "PACE", "SVTAC", "PAC", "PVC", "BIGU", "TRIGU",
+        "1AVB", "2AVB", "3AVB", "LBBB", "RBBB", "ILBBB", "IRBBB", "LAFB", "LPFB", "IVCD", "WPW", "LVH", "RVH", "LAE",
+        "RAE", "LAD", "RAD", "LVOLT", "STD", "STE", "TAB", "PRWP", "LNGQT",
+    ),
     "ludb": (
         *SUPERCLASSES, "SR", "AFIB", "AFLT", "SBRAD", "STACH", "SARRH", "PACE", "PAC", "PVC", "1AVB", "3AVB", "LBBB",
         "RBBB", "ILBBB", "IRBBB", "LAFB", "IVCD", "LVH", "RVH", "LAE", "RAE", "LAD", "RAD",

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from evlecg.data.readers_base import Reading, ReadOptions, Rejected, Source, levels, locate
 from evlecg.data.readers_cinc import is_cinc, is_cohort, is_csn, open_cinc2020, open_cinc2021, open_cohorts
+from evlecg.data.readers_code15 import is_code15, open_code15
 from evlecg.data.readers_cpsc import is_cpsc2018, open_cpsc2018
+from evlecg.data.readers_dicom import is_dicom, open_dicom
 from evlecg.data.readers_ludb import is_ludb, open_ludb
+from evlecg.data.readers_mimic import is_mimic, open_mimic
 from evlecg.data.readers_ptb import is_ptb, open_ptb
 from evlecg.data.readers_ptbxl import is_ptbxl, open_ptbxl
+from evlecg.data.readers_table import is_wfdb, open_wfdb
 from evlecg.errors import EvlecgError
 from evlecg.recipe import nearest
 from evlecg.schema import Record
@@ -33,7 +37,7 @@ class Reader:
         url: where it is described.
         get: shell commands that put it into ./data/NAME; empty where nothing has to be fetched.
         needs: what its top folder must hold, for an error message.
-        labels: default label set (or sets, joined by `+`).
+        labels: default label set (or sets, joined by `+`); empty where the folder brings its own.
         open: source folder (None for generated data) and options -> `Reading`.
         is_home: whether a folder is its top folder; None where there is no folder.
         merge: its files may be spread over sibling folders.
@@ -240,6 +244,60 @@ READERS: dict[str, Reader] = {
         merge=True,
         n_records=43101,
         download_GB=8.0,
+    ),
+    "code15": Reader(
+        title="CODE-15% 1.0.0",
+        licence="CC BY 4.0",
+        citation="Ribeiro et al., Zenodo, 2021, doi:10.5281/zenodo.4916206",
+        url="https://zenodo.org/records/4916206",
+        get=(
+            "wget -c -P data/code15 https://zenodo.org/records/4916206/files/exams.csv",
+            "for k in $(seq 0 17); do wget -c -P data/code15 https://zenodo.org/records/4916206/files/exams_part$k.zip"
+            " && unzip -n data/code15/exams_part$k.zip -d data/code15; done",
+        ),
+        needs="exams.csv and any of exams_part0.hdf5 to exams_part17.hdf5 (unpacked; folders below are searched)",
+        labels="code15-6",
+        open=open_code15,
+        is_home=is_code15,
+        n_records=345_779,
+    ),
+    "mimic-iv-ecg": Reader(
+        title="MIMIC-IV-ECG 1.0 (labels: the cart's own statements)",
+        licence="ODbL 1.0",
+        citation="Gow et al., PhysioNet, 2023, doi:10.13026/4nqg-sb35",
+        url="https://physionet.org/content/mimic-iv-ecg/1.0/",
+        get=_wget("mimic-iv-ecg/1.0", "mimic-iv-ecg"),
+        needs="record_list.csv, machine_measurements.csv and files/pNNNN/pNNNNNNNN/sNNNNNNNN/ (any of them)",
+        labels="mimic-machine",
+        open=open_mimic,
+        is_home=is_mimic,
+        n_records=800_035,
+        unlabelled=True,
+    ),
+    # any folder at all: the two below match much, so they come last
+    "dicom": Reader(
+        title="a folder of DICOM ECG waveforms",
+        licence="the owner's",
+        citation="",
+        url="",
+        get=("put the .dcm files into data/dicom, and a table labels.csv beside them where there are labels",),
+        needs=".dcm files (folders below are searched)",
+        labels="",
+        open=open_dicom,
+        is_home=is_dicom,
+        unlabelled=True,
+    ),
+    "wfdb": Reader(
+        title="a folder of WFDB records with a label table",
+        licence="the owner's",
+        citation="",
+        url="",
+        get=("put the records into data/wfdb, and a table labels.csv beside them (or name one with --table)",),
+        needs=".hea files (folders below are searched), and labels.csv or --table FILE",
+        labels="",
+        open=open_wfdb,
+        is_home=is_wfdb,
+        unlabelled=True,
     ),
 }
 

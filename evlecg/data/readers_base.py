@@ -220,6 +220,16 @@ class Reading:
         return len(self.entries) if isinstance(self.entries, Sized) else None
 
 
+@dataclass(frozen=True)
+class Lazy:
+    """Entries that are made when they are iterated, which only the main process does."""
+
+    start: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.start()
+
+
 def split_of(patient_id: str, seed: int) -> str:
     """The split of a patient: the same on every machine, about 80/10/10, other for another seed."""
     digest = hashlib.sha256(f"{seed}:{patient_id}".encode()).digest()

@@ -475,7 +475,8 @@ def test_generated_records_carry_the_wanted_labels_only() -> None:
 
 def test_table_rows_are_complete() -> None:
     for name, reader in READERS.items():
-        assert reader.title and reader.licence and reader.citation and resolve_labels(reader.labels)
+        assert reader.title and reader.licence and reader.citation
+        assert not reader.labels or resolve_labels(reader.labels)  # dialogue datasets bring questions instead
         assert bool(reader.get) == reader.needs_source == bool(reader.needs)
         assert all(f"data/{name}" in command for command in reader.get)
     with pytest.raises(EvlecgError, match="did you mean 'ptbxl'"):

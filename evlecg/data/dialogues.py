@@ -120,7 +120,10 @@ def questions_of(conversation: Sequence[Mapping[str, Any]], *, item: str, kind: 
 
 def distinct(questions: Iterable[Question]) -> tuple[Question, ...]:
     """Each question once, ids aside: published files overlap, and repeat items."""
-    return tuple({replace(question, id=""): question for question in reversed(list(questions))}.values())[::-1]
+    first: dict[Question, Question] = {}
+    for question in questions:
+        first.setdefault(replace(question, id=""), question)
+    return tuple(first.values())
 
 
 def choices_of(text: str, answer: str) -> tuple[str, ...]:

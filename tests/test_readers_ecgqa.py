@@ -27,7 +27,9 @@ TABLE = {
 }
 
 
-def item(ecg_ids: list[int], sample: int, kind: str = "single-verify", template: int = 1, **more: Any) -> dict[str, Any]:
+def item(
+    ecg_ids: list[int], sample: int, kind: str = "single-verify", template: int = 1, **more: Any
+) -> dict[str, Any]:
     return {
         "template_id": template,
         "question_id": sample,

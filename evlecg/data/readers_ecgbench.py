@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 IMAGE_FOLDERS = ("", "images")
 JSON_FOLDERS = ("", "jsons", "ecg_bench", "ecg_bench/jsons")
 TEXT_ROWS = 256  # rows of text that are held at once
-BATCH_BYTES = 64 << 20  # of pictures that are held at once
+BATCH_BYTES = 64 << 20  # of pictures that are held at once, where the pages of the file are as small as that
+MAX_GROUP_BYTES = 2 << 30  # of one row group; its pages may be as large as the group, and cannot be read in part
 
 _SHARD = re.compile(r"(?:^|[-_.])(?:test|train|validation)-\d{5}-of-\d{5}.*$|\.parquet$")
 _NAMES_OF_ID = ("id", "No", "question_id")
@@ -179,6 +180,9 @@ def _parquet_texts(source: Source, relative: str) -> Iterator[tuple[int, dict[st
 class _Pictures:
     """Pictures of Parquet files. Going forward through a file reads it once, a batch at a time.
 
+    Memory is that of a batch where pages are small. Writers often put a row group into one page; then it is that of
+    two or three row groups (the hub makes them of 100 pictures).
+
     Args:
         paths: the files.
     """
@@ -226,6 +230,8 @@ class _Pictures:
         about = file.metadata.row_group(group)
         sizes = [about.column(index) for index in range(about.num_columns)]
         size = sum(part.total_uncompressed_size for part in sizes if part.path_in_schema.split(".")[0] == "image")
+        if size > MAX_GROUP_BYTES:
+            raise Unfit("unfit picture: its row group is too large")
         rows = max(1, min(about.num_rows, BATCH_BYTES // max(1, size // max(1, about.num_rows))))
         return file.iter_batches(batch_size=rows, row_groups=[group], columns=["image"])
 

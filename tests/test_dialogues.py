@@ -90,6 +90,11 @@ def test_exploded_text_is_joined_and_lists_of_answers_are_listed() -> None:
     assert text_of([]) == text_of(None) == ""
 
 
+def test_halves_of_surrogate_pairs_do_not_reach_the_disk() -> None:
+    assert text_of("a\ud800b 心 📈") == "a\ufffdb 心 📈"
+    assert text_of(["\udc00"]).encode() == "\ufffd".encode()
+
+
 def test_turns_become_questions_with_their_history() -> None:
     first, second = questions_of(human("Rate?", "70", "Rhythm?", "Sinus."), item="a-7", kind="dialogue")
     assert first == Question("Rate?", "70", kind="dialogue", id="a-7")
@@ -225,6 +230,9 @@ def test_paths_inside_pass_and_all_others_are_refused(tmp_path: Path) -> None:
     for name in ("images/a.png", "./images/a.png", "images/../images/a.png", "link.png"):
         assert read_image(source, name) == encoded(seed=1)
     for name in ("../secret/a.png", "images/../../secret/a.png", str(outside / "a.png"), "/etc/passwd", "..",
-                 "out.png", "folder/a.png", "loop/a.png", "images/a\0.png"):  # fmt: skip
+                 "out.png", "folder/a.png", "loop/a.png"):  # fmt: skip
         with pytest.raises(Unfit, match="leads out"):
+            inside(source, name)
+    for name in ("images/a\0.png", "images/\ud800.png"):
+        with pytest.raises(Unfit, match="no file"):
             inside(source, name)

@@ -18,6 +18,7 @@ from evlecg.data.readers import READERS, ReadOptions, Rejected, Source, home_of
 from evlecg.errors import EvlecgError
 from evlecg.schema import Question, Record
 from tests.test_dialogues import encoded, human, png_header
+from tests.test_readers import write_ptbxl
 from tests.test_readers_ecgqa import read as read_elsewhere
 from tests.test_readers_ecgqa import reasons
 
@@ -96,6 +97,14 @@ def test_subsets_as_published(tmp_path: Path) -> None:
     assert records["ptb-test-report/r-1"].questions == (
         Question("Report.", "SR.", kind="ptb-test-report", id="r-1"),
     )  # fmt: skip
+
+
+def test_patients_of_ptbxl_are_known_by_its_table(tmp_path: Path) -> None:
+    write_ptbxl(tmp_path / "ptbxl")
+    write_subset(tmp_path / "bench", "ptb-test", [row("1", "ptb/00002_hr-0.png", encoded(), human("?", "x"))])
+    (record,) = read_elsewhere(tmp_path / "bench", "ecgbench", {"ptb-xl": tmp_path / "ptbxl"})
+    assert isinstance(record, Record) and record.image == encoded()
+    assert (record.patient_id, record.age, record.sex) == ("ptb-xl/patient-17", 90, "M")
 
 
 def test_one_subset_alone_and_a_flat_file(tmp_path: Path) -> None:

@@ -79,16 +79,23 @@ def text_of(value: Any) -> str:
     """
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value.strip()
     if isinstance(value, list):
         parts = [part.get("text", "") if isinstance(part, Mapping) else part for part in value]
-        if all(isinstance(part, str) for part in parts):
-            if all(len(part) == 1 for part in parts):
-                return "".join(parts).strip()
+        if not all(isinstance(part, str) for part in parts):
+            raise Unfit("malformed dialogue: a message is no text")
+        if all(len(part) == 1 for part in parts):
+            value = "".join(parts)
+        else:
             separator = "" if any(isinstance(part, Mapping) for part in value) else ", "
-            return separator.join(part.strip() for part in parts if part.strip())
-    raise Unfit("malformed dialogue: a message is no text")
+            value = separator.join(part.strip() for part in parts if part.strip())
+    if not isinstance(value, str):
+        raise Unfit("malformed dialogue: a message is no text")
+    return encodable(value).strip()
+
+
+def encodable(text: str) -> str:
+    """The text with halves of surrogate pairs replaced, which JSON can hold and UTF-8 cannot."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def questions_of(conversation: Sequence[Mapping[str, Any]], *, item: str, kind: str) -> list[Question]:
@@ -177,8 +184,8 @@ def inside(source: Source, relative: str) -> str:
     Raises:
         Unfit: it leads out, or is no path.
     """
-    if "\0" in relative:
-        raise Unfit("a file name leads out of the source folder")
+    if "\0" in relative or encodable(relative) != relative:
+        raise Unfit("no file can have such a name")
     path = source.path(relative)
     try:
         stays = path.resolve().is_relative_to(source.root.resolve())

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evlecg.data.dialogues import check_image, distinct, inside, questions_of, read_image
+from evlecg.data.dialogues import check_image, distinct, encodable, inside, questions_of, read_image
 from evlecg.data.gates import Unfit
 from evlecg.data.items import scan
 from evlecg.data.readers_base import Dropped, Reading, ReadOptions, Source
 from evlecg.data.readers_llava import BENCH_STEMS, picture
-from evlecg.data.signals import Person, ecg_of, record_id
+from evlecg.data.signals import Person, Signals, ecg_of, record_id
 from evlecg.errors import EvlecgError
 from evlecg.schema import Question, Record
 
@@ -48,7 +48,7 @@ class _Entry:
     file: int
     row: int
     name: str  # its path in the dataset
-    patient_id: str
+    person: Person
     questions: tuple[Question, ...]
     n_malformed: int
 
@@ -82,10 +82,12 @@ def _files(folder: Path) -> list[tuple[str, str]]:
 def open_ecgbench(source: Source, options: ReadOptions) -> Reading:
     """One entry for each picture of a subset, after one pass over the texts of that subset."""
     files = _files(source.root)
+    signals = Signals(source, options.signals)  # for PTB-XL's patients only: the pictures are the benchmark
     pictures = _Pictures([source.path(inside(source, relative)) for relative, _ in files])
 
     def entries() -> Iterator[_Entry]:
         taken: set[str] = set()
+        people = signals.people()
         for number, (relative, subset) in enumerate(files):
             groups: dict[str, _Group] = {}
             in_parquet = relative.endswith(".parquet")
@@ -97,8 +99,9 @@ def open_ecgbench(source: Source, options: ReadOptions) -> Reading:
                     name += "_"
                 taken.add(name)
                 ecg = ecg_of(group.name, subset) if group.name else None
-                patient = ecg.patient if ecg else name
-                yield _Entry(name, number, group.row if in_parquet else -1, group.name, patient,
+                person = people.get(ecg.id) if ecg else None
+                person = person or Person(ecg.patient if ecg else name, None, None)
+                yield _Entry(name, number, group.row if in_parquet else -1, group.name, person,
                              distinct(group.questions), group.n_malformed)  # fmt: skip
 
     def read(entry: _Entry) -> Record:
@@ -108,9 +111,8 @@ def open_ecgbench(source: Source, options: ReadOptions) -> Reading:
             image = check_image(pictures.get(entry.file, entry.row))
         else:
             image = read_image(source, _image_file(source, files[entry.file][0], entry.name))
-        person = Person(entry.patient_id, None, None)
         repairs = (f"{entry.n_malformed} malformed dialogues left out",) if entry.n_malformed else ()
-        record = picture(image, id=entry.id, person=person, split="test")
+        record = picture(image, id=entry.id, person=entry.person, split="test")
         return replace(record, questions=entry.questions, repairs=repairs)
 
     return Reading(None, entries(), lambda entry: entry.id, read)
@@ -118,7 +120,7 @@ def open_ecgbench(source: Source, options: ReadOptions) -> Reading:
 
 def _collect(groups: dict[str, _Group], row: int, item: dict[str, Any], subset: str) -> None:
     value = next((item[key] for key in _NAMES_OF_ID if item.get(key) is not None), None)
-    item_id = "" if value is None else str(value)
+    item_id = "" if value is None else encodable(str(value))
     name = next((item[key] for key in ("image_path", "image") if isinstance(item.get(key), str)), "")
     group = groups.setdefault(name or f"\0{row}", _Group(record_id(f"{subset}/{item_id or row}"), row, name))
     talk = next((item[key] for key in _NAMES_OF_TALK if item.get(key) is not None), None)

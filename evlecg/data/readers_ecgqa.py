@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evlecg.data.dialogues import SEVERAL_ECGS, distinct, inside
+from evlecg.data.dialogues import SEVERAL_ECGS, distinct, encodable, inside
 from evlecg.data.gates import Unfit
 from evlecg.data.items import Index, Span, read_items, scan
 from evlecg.data.readers_base import Dropped, Reading, ReadOptions, Source
@@ -181,8 +181,8 @@ def _question(item: dict[str, Any], split: str, table: _Options) -> Question:
     else:
         choices = ()
     return Question(
-        text=str(item["question"]).strip(),
-        answer=", ".join(answers),
+        text=encodable(str(item["question"])).strip(),
+        answer=encodable(", ".join(answers)),
         choices=choices,
         kind=kind,
         id=f"{split}/{item['sample_id']}",

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from evlecg.data.dialogues import SEVERAL_ECGS, distinct, inside, questions_of, read_image
+from evlecg.data.dialogues import SEVERAL_ECGS, distinct, encodable, inside, questions_of, read_image
 from evlecg.data.gates import Unfit
 from evlecg.data.items import Index, Span, read_items, scan
 from evlecg.data.readers_base import Dropped, Reading, ReadOptions, Source, split_of
-from evlecg.data.signals import Person, Signals, ecg_of, record_id, signal_record
+from evlecg.data.signals import Ecg, Person, Signals, ecg_of, plain, record_id, signal_record
 from evlecg.schema import LEADS, Question, Record
 
 # Where the projects put their JSON files and their pictures, below the top folder.
@@ -33,6 +33,7 @@ JSON_FOLDERS = ("", "ecg_jsons", "ecg_jsons/train_set", "ecg_jsons/test_set", "t
 IMAGE_FOLDERS = ("", "images", "ecg_images", "ecg_images/gen_images")
 BENCH_STEMS = frozenset({"ptb-test", "ptb-test-report", "cpsc-test", "code15-test", "csn-test-no-cot",
                          "g12-test-no-cot", "mmmu-ecg", "ecgqa-test", "arena"})  # fmt: skip
+HELD_OUT = "its patient is in the published test set"
 KINDS = {"ecginstruct": "dialogue", "ecg-grounding": "grounding", "ecg-r1": "reasoning"}
 
 _PEEK_BYTES = 1 << 16
@@ -108,7 +109,7 @@ def open_llava(source: Source, options: ReadOptions, *, dataset: str) -> Reading
         return "train" if drawn == "test" and any(is_test) else drawn  # the published test set is the test set
 
     def entries() -> Iterator[_Entry]:
-        index = Index()
+        index, tested = Index(), set[Ecg]()
         for number, relative in enumerate(files):
             for start, length, item in scan(source, relative):
                 images, own = _names(item, "image"), _names(item, "ecg")
@@ -120,16 +121,22 @@ def open_llava(source: Source, options: ReadOptions, *, dataset: str) -> Reading
                 else:
                     image, path = (images or [""])[0], (own or [""])[0]
                     ecg = ecg_of(path or image)
+                    if is_test[number]:
+                        tested.add(ecg)
                     by_signal = bool(path) or signals.given(ecg.root) is not None
                     key = f"{int(is_test[number])}\n{ecg.id if by_signal else image}"
                     index.add(key, json.dumps([is_test[number], by_signal, path, image]), (number, start, length))
         people = signals.people()
+        held_out = {people[ecg.id].patient if ecg.id in people else ecg.patient for ecg in tested}
         for note, spans in index.groups():
             test, by_signal, path, image = json.loads(note)
             ecg = ecg_of(path or image)
             person = people.get(ecg.id) or Person(ecg.patient, None, None)
             name = ecg.id if by_signal else record_id(re.sub(r"\.[A-Za-z]+$", "", image))
-            yield _Entry(name, spans, split(test, person), image, path, person)
+            if person.patient in held_out and not test:
+                yield _Entry(name, reason=HELD_OUT)
+            else:
+                yield _Entry(name, spans, split(test, person), image, path, person)
 
     def read(entry: _Entry) -> Record:
         if entry.person is None:
@@ -138,8 +145,9 @@ def open_llava(source: Source, options: ReadOptions, *, dataset: str) -> Reading
         ecg = ecg_of(entry.own or entry.image)
         signal = signals.find(ecg, entry.own)
         if signal is None and not place:
-            kind, root = ("image", entry.image.split("/")[0]) if entry.image else ("signal", ecg.root)
-            raise Dropped(f"{kind} not in this copy ({root})")
+            kind, name = ("image", entry.image) if entry.image else ("signal", entry.own)
+            folders = [part for part in name.split("/")[:-1] if part != "."]
+            raise Dropped(f"{kind} not in this copy ({plain(folders[0]) if folders else 'no folder'})")
         questions, n_malformed = _questions(read_items(paths, entry.spans), KINDS[dataset])
         if not questions:
             raise Unfit("malformed dialogue: no question of this ECG can be read")
@@ -175,10 +183,11 @@ def _find_image(source: Source, name: str) -> str:
     Raises:
         Unfit: it leads out of the source folder.
     """
+    inside(source, name)
     for folder in IMAGE_FOLDERS:
-        relative = inside(source, f"{folder}/{inside(source, name)}".lstrip("/"))
+        relative = f"{folder}/{name}" if folder else name
         if source.exists(relative):
-            return relative
+            return inside(source, relative)
     return ""
 
 
@@ -197,7 +206,7 @@ def _questions(items: list[dict[str, Any]], kind: str) -> tuple[tuple[Question, 
 
 def _id(item: dict[str, Any]) -> str:
     value = item.get("id", item.get("question_id"))
-    return "" if value is None else str(value)
+    return "" if value is None else encodable(str(value))
 
 
 def _names(item: dict[str, Any], kind: str) -> list[str]:

@@ -121,6 +121,11 @@ def record_id(text: str) -> str:
     return f"{plain}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
+def plain(text: str) -> str:
+    """A name from a dialogue file as it may enter a reason: short, of plain characters."""
+    return _UNUSABLE.sub("_", text)[:40]
+
+
 class Signals:
     """The folders with signals: the user's (`--signals ROOT=DIR`) and the dialogue dataset's own.
 

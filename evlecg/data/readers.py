@@ -48,6 +48,7 @@ class Reader:
         n_records: as published (dialogue items, for dialogue datasets); None where it depends on what the user brings.
         download_GB: about how large it is, in 1e9 bytes of signals; None where it depends on the user.
         unlabelled: its records may have no labels, only a report.
+        last_resort: it matches nearly any folder, so it is taken for no download that another row knows.
         access: "open", or what a reader has to do first ("PhysioNet credentialed", ...).
     """
 
@@ -66,6 +67,7 @@ class Reader:
     download_GB: float | None = None
     access: str = "open"
     unlabelled: bool = False
+    last_resort: bool = False
 
     @property
     def needs_source(self) -> bool:
@@ -353,7 +355,6 @@ READERS: dict[str, Reader] = {
         is_home=is_ecgbench,
         n_records=11_247,
     ),
-    # any folder at all: the two below match much, so they come last
     "dicom": Reader(
         title="a folder of DICOM ECG waveforms",
         licence="the owner's",
@@ -365,6 +366,7 @@ READERS: dict[str, Reader] = {
         open=open_dicom,
         is_home=is_dicom,
         unlabelled=True,
+        last_resort=True,
     ),
     "wfdb": Reader(
         title="a folder of WFDB records with a label table",
@@ -377,6 +379,7 @@ READERS: dict[str, Reader] = {
         open=open_wfdb,
         is_home=is_wfdb,
         unlabelled=True,
+        last_resort=True,
     ),
 }
 
@@ -406,10 +409,11 @@ def detect(folder: Path) -> str | None:
     The nearest level decides, so that the tree of a challenge is not taken for one of its cohorts; on one level, the
     first row.
     """
-    for level in levels(folder) if folder.is_dir() else ():
-        for name, reader in READERS.items():
-            if reader.is_home is not None:
-                homes = sum(map(reader.is_home, level))
-                if homes == 1 or (homes and reader.merge):
-                    return name
+    for last_resort in (False, True):
+        for level in levels(folder) if folder.is_dir() else ():
+            for name, reader in READERS.items():
+                if reader.is_home is not None and reader.last_resort == last_resort:
+                    homes = sum(map(reader.is_home, level))
+                    if homes == 1 or (homes and reader.merge):
+                        return name
     return None

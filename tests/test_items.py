@@ -107,3 +107,8 @@ def test_groups_are_in_the_order_of_their_first_items() -> None:
         ("b4", ((0, 40, 4),)),
     ]
     assert list(Index().groups()) == []
+    large = Index()
+    for number in range(3000):
+        large.add(str(number % 7), "", (0, number, 1))
+    starts = [[start for _, start, _ in spans] for _, spans in large.groups()]
+    assert starts == [list(range(first, 3000, 7)) for first in range(7)]

@@ -197,6 +197,13 @@ def test_hostile_paths_are_refused(tmp_path: Path, key: str) -> None:
     assert all("secret" not in entry.reason for entry in found if isinstance(entry, Rejected))
 
 
+def test_hostile_records_are_refused_even_where_their_name_has_a_signal(tmp_path: Path) -> None:
+    write_ptbxl(tmp_path / "ptbxl")
+    write_items(tmp_path / "data" / "a.json", [item(1, "a.png", ecg="../ptbxl/records500/00000/00001_hr")])
+    found = read_elsewhere(tmp_path / "data", "ecg-grounding", {"ptb-xl": tmp_path / "ptbxl"})
+    assert reasons(found) == {"a file name leads out of the source folder": 1}
+
+
 # ECG-Grounding and ECG-R1
 
 

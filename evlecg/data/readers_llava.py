@@ -187,7 +187,7 @@ def _find_image(source: Source, name: str) -> str:
     for folder in IMAGE_FOLDERS:
         relative = f"{folder}/{name}" if folder else name
         if source.exists(relative):
-            return inside(source, relative)
+            return relative  # `read_image` checks where it leads
     return ""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evlecg.data.store import Prepared
-from evlecg.data.tasks import chosen_labels, label_samples
+from evlecg.data.tasks import chosen_labels, training_samples
 from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import new_folder, write_text_atomic
 from evlecg.models import load as models
@@ -68,9 +68,9 @@ def distill(
     prepared = Prepared.open(data)
     labels = chosen_labels(prepared, recipe.data)
     indices = prepared.indices("train")[: recipe.data.max_train].tolist()
-    samples = label_samples(prepared, indices, labels, recipe.data.question)
+    samples = training_samples(prepared, indices, recipe.data, seed=recipe.seed)
     if not samples:
-        raise EvlecgError("the prepared folder has no training record with an assessed label", where=data)
+        raise EvlecgError("the prepared folder has no training record about which anything can be asked", where=data)
     _check_out(out, resume, overwrite)
     job = _build(recipe, prepared, samples, progress)  # models load here; nothing is on disk yet
 

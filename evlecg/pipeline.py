@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evlecg.data.readers import READERS
-from evlecg.data.store import is_prepared
+from evlecg.data.store import is_prepared, read_manifest
 from evlecg.distill import RunResult, distill
 from evlecg.errors import EvlecgError
 from evlecg.evaluate import evaluate, paired
@@ -86,7 +86,10 @@ def run_line(
         return LineResult(run, data, [], None, None)
     reports: list[tuple[str, Report]] = []
     gain = None
-    if finish.eval_split != "none":
+    scored = finish.eval_split != "none" and bool(read_manifest(data)["label_names"])
+    if finish.eval_split != "none" and not scored:
+        progress.info("no AUC report: the prepared folder has no labels")
+    if scored:
         wanted = [("teacher", recipe.teacher)] if finish.teacher and distils else []
         wanted += [("SFT-only", str(control))] if finish.control and distils else []
         wanted += [("distilled" if distils else "student", str(out))]

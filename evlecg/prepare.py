@@ -24,7 +24,7 @@ from typing import Any, cast
 from evlecg import __version__
 from evlecg.data.gates import resampled
 from evlecg.data.labels import LABELS, resolve_labels
-from evlecg.data.readers import READERS, Reader, Reading, ReadOptions, Rejected, Source, find_reader, home_of
+from evlecg.data.readers import READERS, Reader, Reading, ReadOptions, Rejected, Source, detect, find_reader, home_of
 from evlecg.data.store import FORMAT_VERSION, Prepared, fingerprint, is_prepared, read_manifest
 from evlecg.data.writer import assemble, part_path, write_shard, writing
 from evlecg.errors import EvlecgError, RunFailed
@@ -206,9 +206,9 @@ def prepare(
         write_text_atomic(folder / "plan.json", json.dumps(plan))
         worker = _Worker(task)
         reading = worker.reading
-        if reading.total == 0:
+        if reading.n_entries() == 0:
             raise EvlecgError("the dataset is empty: no record was found", where=source or dataset, hint=reader.needs)
-        progress.info(f"preparing {reader.title}: {'' if reading.total is None else reading.total} records")
+        progress.info(f"preparing {reader.title}" + (f": {n} records" if (n := reading.n_entries()) else ""))
         n_shards = _read_shards(worker, workers, rank, world, progress)
         if not n_shards:
             raise EvlecgError("the dataset is empty: no record was found", where=source or dataset, hint=reader.needs)
@@ -296,7 +296,7 @@ class _Shards:
 
 def _read_shards(worker: _Worker, workers: int | None, rank: int, world: int, progress: Progress) -> int:
     """Reads this process's share of the shards that are not complete yet; returns how many there are in all."""
-    with progress.task(f"prepare {worker.task.dataset}", worker.reading.total) as advance:
+    with progress.task(f"prepare {worker.task.dataset}", worker.reading.n_entries()) as advance:
         shards = _Shards(worker.task, worker.reading, rank, world, advance)
         first = list(itertools.islice(shards, 2))
         alone = workers == 1 or (workers is None and (len(first) < 2 or _cores() == 1))
@@ -480,7 +480,7 @@ def find_dataset(name_or_dir: str, roots: list[Path]) -> FoundDataset | None:
         return None
     if is_prepared(folder):
         return FoundDataset(folder, True, Prepared.open(folder).manifest["dataset"])
-    dataset = next((name for name in READERS if looks_raw(name, folder)), None)
+    dataset = detect(folder)
     if dataset is None:
         return None
     folder = folder.resolve()

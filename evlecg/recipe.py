@@ -38,7 +38,17 @@ class DataConfig:
 
     dir: str | None = _key(None, "prepared folder or dataset name; null: the newest in ./data, else synthetic")
     labels: tuple[str, ...] = _key((), "label codes to ask about; empty: all that the folder assessed")
+    tasks: tuple[str, ...] = _key(
+        (), "yes_no, choose_all, multiple_choice, report, dialogue; empty: yes_no and dialogue as far as there are any"
+    )
     question: str = _key("Does this ECG show {description}?", "wording of the yes/no question about one label")
+    wording: str = _key(
+        "plain",
+        "of all questions: one, several of which one is drawn, or ECGBench's",
+        choices=("plain", "varied", "ecgbench"),
+    )
+    choices: int = _key(4, "choices of a multiple-choice question", low=2)
+    max_questions: int | None = _key(None, "draw at most so many questions a record", low=1)
     max_train: int | None = _key(None, "use the first N training records only (learning curves)", low=1)
     synthetic_train: int = _key(1000, "training records made when the synthetic set has to be made", low=1)
     synthetic_val: int = _key(300, "validation records made when the synthetic set has to be made", low=1)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
 from evlecg.data import labels
-from evlecg.data.labels import LABEL_SETS, LABELS, SNOMED, cinc_labels, cpsc_labels, judge, ludb_labels, resolve_labels
+from evlecg.data.labels import (
+    LABEL_SETS,
+    LABELS,
+    SNOMED,
+    cinc_labels,
+    cpsc_labels,
+    judge,
+    ludb_labels,
+    ptb_labels,
+    resolve_labels,
+)
 from evlecg.errors import EvlecgError
 
-SUPER = LABEL_SETS["super"]
+SUPER = LABEL_SETS["ptbxl-super"]
 # The 30 codes that the 2021 challenge scores, in its 26 classes.
 SCORED = """
     164889003 | 164890007 | 6374002 | 426627000 | 733534002 164909002 | 713427006 59118001 | 270492004 | 713426002
@@ -23,7 +34,10 @@ SCORED = """
 
 def test_every_code_that_can_come_out_has_a_description() -> None:
     used = {code for codes in LABEL_SETS.values() for code in codes}
-    used |= set(labels.SCP_ALIASES.values()) | set(labels.CPSC_NAMES.values()) | set(labels.SNOMED_MAYBE.values())
+    used |= set(labels.SCP_ALIASES.values()) | set(labels.CPSC_NAMES.values())
+    used |= {code for codes in labels.SNOMED_MAYBE.values() for code in codes}
+    used |= set(labels.BROADER) | {code for codes in labels.BROADER.values() for code in codes}
+    used |= set(labels.SUBCLASS_ALIASES.values())
     used |= {part for row in SNOMED.values() for part in (row.label, row.superclass)} - {""}
     used |= {code for rows in labels.LUDB_PHRASES.values() for row in rows for code in (*row[1], *row[2])}
     assert used <= set(LABELS)
@@ -51,10 +65,61 @@ def test_snomed_table_agrees_with_the_challenge(shared_data: Path) -> None:
     )
     with (shared_data / "cinc2021" / "dx_mapping_2021.csv").open(newline="") as file:
         published = {row["SNOMEDCTCode"]: row for row in csv.DictReader(file)}
+    assert list(SNOMED) == list(published) and len(SNOMED) == 133
     for code, row in SNOMED.items():
+        assert bool(row.label) != bool(row.reason), code
+        assert row.superclass in ("", *SUPER)
         used_in = "".join(letter for letter, column in columns.items() if int(published[code][column]) > 0)
         assert (row.abbreviation, row.cohorts) == (published[code]["Abbreviation"], used_in), code
     assert set(labels.SNOMED_MAYBE) <= set(published)
+
+
+def test_equivalences_are_those_that_the_challenge_notes(shared_data: Path) -> None:
+    with (shared_data / "cinc2021" / "dx_mapping_2021.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    noted = {frozenset(re.findall(r"\d{5,}", row["Notes"])) for row in rows if row["Notes"]}
+    assert noted == {frozenset(pair.codes) for pair in labels.EQUIVALENCES}
+    for pair in labels.EQUIVALENCES:
+        assert {SNOMED[code].label for code in pair.codes} == {pair.label}
+        assert tuple(SNOMED[code].abbreviation for code in pair.codes) == pair.names
+
+
+def test_ptbxl_sets_are_those_of_its_table(shared_data: Path) -> None:
+    with (shared_data / "ptbxl" / "scp_statements.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def codes(column: str) -> set[str]:
+        return {labels.SCP_ALIASES.get(row[""], row[""]) for row in rows if row[column].startswith("1")}
+
+    for name, column, count in (("diag", "diagnostic", 44), ("form", "form", 19), ("rhythm", "rhythm", 12)):
+        assert set(LABEL_SETS[f"ptbxl-{name}"]) == codes(column) and len(LABEL_SETS[f"ptbxl-{name}"]) == count
+    assert set(LABEL_SETS["ptbxl-all"]) == codes("diagnostic") | codes("form") | codes("rhythm")
+    assert len(LABEL_SETS["ptbxl-all"]) == 71 == len(rows)
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        if row["diagnostic"]:
+            subclass = labels.SUBCLASS_ALIASES.get(row["diagnostic_subclass"], row["diagnostic_subclass"])
+            kinds.setdefault(subclass, set()).add(labels.SCP_ALIASES.get(row[""], row[""]))
+    assert set(kinds) == set(LABEL_SETS["ptbxl-sub"]) and len(kinds) == 23
+    for subclass, members in kinds.items():  # either the statement of that name alone, or a label of its own
+        if subclass in LABEL_SETS["ptbxl-all"]:
+            assert members == {subclass}
+        else:
+            assert members == {code for code, wide in labels.BROADER.items() if subclass in wide}
+
+
+def test_2020_set_is_the_2021_set_without_its_newcomers() -> None:
+    assert set(LABEL_SETS["cinc2021-26"]) - set(LABEL_SETS["cinc2020-24"]) == {"BBB", "PRWP"}
+    assert len(LABEL_SETS["cinc2020-24"]) == 24
+
+
+def test_wider_labels_follow_their_kinds() -> None:
+    wanted = ("AVB", "VEB")
+    assert judge(wanted, present={"2AVB"}, assessed={"2AVB"}) == {"AVB": True}
+    assert judge(wanted, present=set(), assessed={"1AVB", "2AVB"}) == {}  # nobody looked for the third degree
+    assert judge(wanted, present=set(), assessed={"1AVB", "2AVB", "3AVB"}) == {"AVB": False}
+    assert judge(wanted, present=set(), assessed={"PVC", "COUPLET"}) == {}  # there are other ectopic beats
+    assert judge(("AMI-any",), present={"MI"}, assessed={"AMI-any", "MI"}, maybe={"AMI"}) == {}
 
 
 def test_judge_tells_no_from_not_assessed() -> None:
@@ -93,6 +158,32 @@ def test_cinc_superclasses() -> None:
     assert not found("426783006", "999")["NORM"]  # a code that we have no label for is a finding all the same
     assert found("164865005", "164873001") == {"NORM": False, "MI": True, "STTC": False, "CD": False, "HYP": True}
     assert "MI" not in found("426783006", cohort="A") and "HYP" not in found("426783006", cohort="A")
+
+
+def test_codes_wider_than_a_label_leave_it_open() -> None:
+    found = cinc_labels(("AVB", "1AVB", "LBBB", "BBB"), {"233917008", "6374002"}, cohort="E")
+    assert found == {"AVB": True, "BBB": True}
+    found = cinc_labels(("AFAFL", "AFIB", "AFLT"), {"195080001"}, cohort="Q")
+    assert found == {"AFAFL": True}
+    found = cinc_labels(("HYP", "LAE", "LAABN"), {"253352002"}, cohort="E")
+    assert found == {"LAABN": True}
+    assert cinc_labels(("LVOLT",), {"251147008"}, cohort="C") == {"LVOLT": True}  # a code of the CSN release only
+
+
+def test_ptb_labels_are_those_of_the_patient() -> None:
+    wanted = ("NORM", "MI", "STTC", "CD", "HYP", "BBB", "ACUTEMI", "OLDMI", "ILMI", "IMI-any", "AMI-any")
+    infarct = ptb_labels(wanted, "Myocardial infarction", "infero-latera", "no")
+    assert infarct == {
+        "NORM": False, "MI": True, "ACUTEMI": True, "OLDMI": False, "ILMI": True, "IMI-any": True, "AMI-any": False,
+    }  # fmt: skip
+    assert ptb_labels(wanted, "Myocardial infarction", "unknown", "unknown") == {"NORM": False, "MI": True}
+    assert ptb_labels(wanted, "Myocardial infarction", "no", "antero-septo-lateral")["AMI-any"] is True
+    assert "AMI-any" not in ptb_labels(wanted, "Myocardial infarction", "no", "no")  # somewhere
+    healthy = ptb_labels(wanted, "Healthy control", "no", "no")
+    assert {code for code, value in healthy.items() if value} == {"NORM"} and set(SUPER) <= set(healthy)
+    block = ptb_labels(wanted, "Bundle branch block", "no", "no")
+    assert block["BBB"] and block["CD"] and not block["NORM"] and not block["MI"] and "HYP" not in block
+    assert ptb_labels(SUPER, "Heart failure (NYHA 3)", "n/a", "n/a") == {}
 
 
 def ludb(**cells: str) -> dict[str, bool]:
@@ -136,7 +227,7 @@ def test_ludb_undefined_ischemia_decides_nothing() -> None:
 
 
 def test_label_sets_can_be_joined_and_unknown_ones_name_the_nearest() -> None:
-    assert resolve_labels("super+cpsc9")[:6] == (*SUPER, "AFIB")
-    assert resolve_labels("super+cpsc9").count("NORM") == 1
-    with pytest.raises(EvlecgError, match="did you mean 'super'"):
-        resolve_labels("supper")
+    assert resolve_labels("ptbxl-super+cpsc9")[:6] == (*SUPER, "AFIB")
+    assert resolve_labels("ptbxl-super+cpsc9").count("NORM") == 1
+    with pytest.raises(EvlecgError, match="did you mean 'ptbxl-super'"):
+        resolve_labels("ptbxl-supper")

@@ -36,7 +36,7 @@ def test_recorded_ecgs_go_the_whole_way(
 
     source = str(shared_data / dataset)
     prepared = call(
-        "prepare", "--dataset", dataset, "--source", source, "--labels", "super", "--out", f"data/{dataset}"
+        "prepare", "--dataset", dataset, "--source", source, "--labels", "ptbxl-super", "--out", f"data/{dataset}"
     )
     assert prepared["n_kept"] == {"ludb": 140, "ptbxl": 50}[dataset]
 

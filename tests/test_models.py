@@ -65,6 +65,23 @@ def test_a_side_says_what_its_positions_mean(checkpoints, family):
     assert side.visual_BS.sum(1).tolist() == [side.visual_box_BN4.shape[1]] * 2
 
 
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_earlier_turns_are_read_and_not_learnt(checkpoints, family):
+    _, encoder = opened(checkpoints[family])
+    earlier = (("Which rhythm?", "sinus rhythm"),)
+    turn = Turn("Is it fast?", "no", history=earlier)
+    side = encoder.encode(noise(encoder)[:1], [[turn]], layout(encoder))
+    ids = side.inputs["input_ids"][0]
+    answer = ids[side.answer_A2[:, 1]]
+    text = encoder.tokenizer.decode(ids[side.valid_BS[0]])
+    assert text.index("Which rhythm?") < text.index("sinus rhythm") < text.index("Is it fast?")
+    assert encoder.tokenizer.decode(answer, skip_special_tokens=True).strip() == "no"
+    first = int(side.visual_BS[0].nonzero().min())
+    assert "Which" not in encoder.tokenizer.decode(ids[:first]), "the image comes first"
+    alone = encoder.encode(noise(encoder)[:1], [[Turn("Is it fast?", "no")]], layout(encoder))
+    assert alone.valid_BS.sum() < side.valid_BS.sum()
+
+
 @pytest.mark.parametrize("family", ["llava", "idefics3", "idefics3_tiles"])
 def test_packed_questions_get_the_logits_of_single_ones(checkpoints, family):
     loaded, encoder = opened(checkpoints[family])

@@ -51,7 +51,7 @@ def test_a_download_becomes_a_prepared_folder(tmp_path: Path) -> None:
     assert json.loads(json.dumps(summary.to_dict()))["fingerprint"] == prepared.fingerprint
     assert_allclose(prepared.record(0).signal_mV, STEPS / np.float32(1000), atol=1e-6)
     assert prepared.manifest["licence"] == "CC BY 4.0" and "Wagner" in prepared.manifest["citation"]
-    assert prepared.manifest["options"]["labels"] == "super"
+    assert prepared.manifest["options"]["labels"] == "ptbxl-super"
     assert prepared.manifest["source"]["n_files"] == 2 + 2 * 3  # two tables; the dropped records were not read
 
 
@@ -84,9 +84,9 @@ def test_the_same_download_gives_the_same_folder_wherever_it_lies(tmp_path: Path
         ("ludb", None, 140, 140, 0, 60, {"NORM": 7, "MI": 22, "AFIB": 14, "LVH": 89, "1AVB": 10, "3AVB": 5}),
         ("ptbxl", None, 50, 0, 0, 11, {"NORM": 31, "MI": 10, "STTC": 10, "CD": 9, "HYP": 8}),
         ("cpsc2018", None, 100, 0, 0, 0, {"NORM": 14, "AFIB": 15, "RBBB": 22, "STE": 10}),
-        ("cpsc2018", "super", 100, 0, 0, 0, {"NORM": 14, "STTC": 23, "CD": 32}),
+        ("cpsc2018", "ptbxl-super", 100, 0, 0, 0, {"NORM": 14, "STTC": 23, "CD": 32}),
         ("cinc2021", None, 87, 0, 1, 0, {"AFIB": 5, "PAC": 16, "STACH": 21}),
-        ("cinc2021", "super", 87, 0, 1, 0, {"NORM": 18, "MI": 18, "HYP": 9}),
+        ("cinc2021", "ptbxl-super", 87, 0, 1, 0, {"NORM": 18, "MI": 18, "HYP": 9}),
     ],
 )
 def test_recorded_ecgs(
@@ -114,10 +114,10 @@ def test_recorded_ecgs(
 
 def test_generated_data_needs_no_source(tmp_path: Path) -> None:
     counts = {"train": 6, "val": 2, "test": 3}
-    summary = prepare("synthetic", source=None, out=tmp_path / "a", counts=counts, labels="super")
+    summary = prepare("synthetic", source=None, out=tmp_path / "a", counts=counts, labels="ptbxl-super")
     assert summary.splits == counts and set(summary.positives) == {"NORM", "MI", "STTC", "CD", "HYP"}
-    prepare("synthetic", source=tmp_path, out=tmp_path / "b", counts=counts, labels="super")
-    prepare("synthetic", source=None, out=tmp_path / "c", counts=counts, labels="super", seed=1)
+    prepare("synthetic", source=tmp_path, out=tmp_path / "b", counts=counts, labels="ptbxl-super")
+    prepare("synthetic", source=None, out=tmp_path / "c", counts=counts, labels="ptbxl-super", seed=1)
     prints = [Prepared.open(tmp_path / name).fingerprint for name in "abc"]
     assert prints[0] == prints[1] != prints[2]
 
@@ -169,10 +169,10 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
 
 def test_records_without_any_wanted_label_are_dropped(tmp_path: Path) -> None:
     write_ptbxl(tmp_path / "ptbxl")
-    summary = prepare("ptbxl", source=tmp_path / "ptbxl", out=tmp_path / "out", labels="rhythm")
+    summary = prepare("ptbxl", source=tmp_path / "ptbxl", out=tmp_path / "out", labels="ptbxl-rhythm")
     assert (summary.positives["SR"], summary.positives["AFIB"]) == (2, 1)
     reason = {row["id"]: row["reason"] for row in Prepared.open(tmp_path / "out").quarantine()}
-    assert reason["00002"] == "none of the wanted labels was assessed"  # it has no rhythm statement
+    assert reason["00002"] == "no rhythm statement"
 
 
 class Listener(Progress):

@@ -81,6 +81,7 @@ def write_ptbxl(root: Path) -> None:
                 "sex": sex,
                 "recording_date": "1984-11-09 09:17:34",
                 "report": "sinusrhythmus normales ekg",
+                "device": "CS-12   E ",
                 "scp_codes": str(codes),
                 "strat_fold": fold,
                 "filename_lr": names["lr"],
@@ -94,12 +95,17 @@ def write_ptbxl(root: Path) -> None:
                 steps = np.roll(STEPS, number - 1, axis=1)[:, : 10 * fs_hz]
                 write_wfdb(path.parent, path.name, steps, fs_hz=fs_hz, leads=leads)
     write_csv(root / "ptbxl_database.csv", table)
-    classes = {"NORM": "NORM", "IMI": "MI", "CRBBB": "CD", "NDT": "STTC", "LVH": "HYP"}
+    classes = {"NORM": "NORM NORM", "IMI": "MI IMI", "CRBBB": "CD CRBBB", "NDT": "STTC STTC", "LVH": "HYP LVH"}
     statements = [*classes, "LVOLT", "STD_", "SR", "AFIB"]
     write_csv(
         root / "scp_statements.csv",
         [
-            {"": code, "diagnostic": 1.0 if code in classes else "", "diagnostic_class": classes.get(code, "")}
+            {
+                "": code,
+                "diagnostic": 1.0 if code in classes else "",
+                "diagnostic_class": classes.get(code, "").partition(" ")[0],
+                "diagnostic_subclass": classes.get(code, "").partition(" ")[2],
+            }
             for code in statements
         ],
     )
@@ -112,7 +118,7 @@ def read(name: str, folder: Path, labels: str = "", **options: object) -> dict[s
     wanted = resolve_labels(labels or reader.labels)
     reading = reader.open(Source(home), ReadOptions(labels=wanted, **options))  # type: ignore[arg-type]
     found = list(reading.records())
-    assert len(found) == reading.total
+    assert len(found) == reading.n_entries()
     return {item.id: item for item in found}
 
 
@@ -146,7 +152,7 @@ def test_ptbxl_as_published(tmp_path: Path) -> None:
 
 def test_ptbxl_rates_and_other_labels(tmp_path: Path) -> None:
     write_ptbxl(tmp_path)
-    records = kept(read("ptbxl", tmp_path, "super+rhythm+cpsc9", fs_hz=100))
+    records = kept(read("ptbxl", tmp_path, "ptbxl-super+ptbxl-rhythm+cpsc9", fs_hz=100))
     assert records["00001"].signal_mV.shape == (12, 1000) and records["00001"].fs_hz == 100
     assert set(records) == {"00001", "00002", "00003", "01004"}  # one without a class may still have a rhythm
     assert "NORM" not in records["00003"].labels and records["00003"].labels["SR"] is True

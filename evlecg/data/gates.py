@@ -77,6 +77,7 @@ class Mended:
     repairs: tuple[str, ...]
 
 
+@lru_cache(maxsize=4096)
 def lead_index(name: str) -> int | None:
     """Place of a lead in `LEADS` (any case), or None for other channels."""
     name = name.strip().lower()
@@ -150,7 +151,7 @@ def resampled(signal_mV: np.ndarray, fs_hz: float, to_fs_hz: float) -> np.ndarra
 
 @lru_cache(maxsize=8)
 def _low_pass(factor: int) -> np.ndarray:
-    """Taps (odd in number, sum 1) of a low-pass at 1/`factor` of the Nyquist frequency: a sinc in a Kaiser window."""
+    """Taps (odd number, sum 1) of a low-pass at 1/`factor` of the Nyquist frequency: a sinc under a Kaiser window."""
     width, middle = (1 - _PASS_SHARE) / factor, (1 + _PASS_SHARE) / 2 / factor  # shares of the Nyquist frequency
     half = int(np.ceil((_STOP_DB - 7.95) / (2.285 * np.pi * width) / 2))  # Kaiser's own estimates of length and beta
     at = np.arange(-half, half + 1)

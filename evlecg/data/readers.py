@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from evlecg.data.readers_base import Reading, ReadOptions, Rejected, Source, locate
-from evlecg.data.readers_cinc import is_cinc2021, is_cpsc2018, open_cinc2021, open_cpsc2018
+from evlecg.data.readers_base import Reading, ReadOptions, Rejected, Source, levels, locate
+from evlecg.data.readers_cinc import is_cinc, is_cohort, is_csn, open_cinc2020, open_cinc2021, open_cohorts
 from evlecg.data.readers_code15 import is_code15, open_code15
+from evlecg.data.readers_cpsc import is_cpsc2018, open_cpsc2018
 from evlecg.data.readers_dicom import is_dicom, open_dicom
 from evlecg.data.readers_ludb import is_ludb, open_ludb
 from evlecg.data.readers_mimic import is_mimic, open_mimic
+from evlecg.data.readers_ptb import is_ptb, open_ptb
 from evlecg.data.readers_ptbxl import is_ptbxl, open_ptbxl
 from evlecg.data.readers_table import is_wfdb, open_wfdb
 from evlecg.errors import EvlecgError
 from evlecg.recipe import nearest
 from evlecg.schema import Record
 
-__all__ = ["READERS", "ReadOptions", "Reader", "Reading", "Rejected", "Source", "find_reader", "home_of"]
+__all__ = ["READERS", "ReadOptions", "Reader", "Reading", "Rejected", "Source", "detect", "find_reader", "home_of"]
 
 SYNTHETIC_COUNTS = {"train": 1000, "val": 300, "test": 500}
 
@@ -38,9 +41,11 @@ class Reader:
         open: source folder (None for generated data) and options -> `Reading`.
         is_home: whether a folder is its top folder; None where there is no folder.
         merge: its files may be spread over sibling folders.
+        any_folder: it takes any folder with files of its kind, at any depth: never looked for below the given one, and
+            detected only where nothing else is.
         rates_hz: sampling rates that were published; empty where there is no choice.
         n_records: as published; None where it depends on what the user brings.
-        download_GB: size of the download, 1e9 bytes; None where it depends on the user.
+        download_GB: about how large it is, in 1e9 bytes of signals; None where it depends on the user.
         unlabelled: its records may have no labels, only a report.
         access: "open", or what a reader has to do first ("PhysioNet credentialed", ...).
     """
@@ -55,6 +60,7 @@ class Reader:
     open: Callable[[Source, ReadOptions], Reading] | Callable[[None, ReadOptions], Reading]
     is_home: Callable[[Path], bool] | None
     merge: bool = False
+    any_folder: bool = False
     rates_hz: tuple[int, ...] = ()
     n_records: int | None = None
     download_GB: float | None = None
@@ -88,6 +94,9 @@ def _wget(path: str, name: str) -> tuple[str, ...]:
     return (f"wget -r -N -c -np -nH --cut-dirs={cut} -P data/{name} https://physionet.org/files/{path}/",)
 
 
+_CINC2021 = "Reyna et al., Computing in Cardiology 48, 2021, doi:10.23919/CinC53138.2021.9662687"
+_CINC2021_URL = "https://physionet.org/content/challenge-2021/1.0.3/"
+
 READERS: dict[str, Reader] = {
     "synthetic": Reader(
         title="evlecg synthetic 12-lead set",
@@ -96,7 +105,7 @@ READERS: dict[str, Reader] = {
         url="",
         get=(),
         needs="",
-        labels="super+rhythm",
+        labels="ptbxl-super+ptbxl-rhythm",
         open=_open_synthetic,
         is_home=None,
     ),
@@ -110,6 +119,8 @@ READERS: dict[str, Reader] = {
         labels="ludb",
         open=open_ludb,
         is_home=is_ludb,
+        n_records=200,
+        download_GB=0.03,
     ),
     "ptbxl": Reader(
         title="PTB-XL 1.0.3",
@@ -118,34 +129,124 @@ READERS: dict[str, Reader] = {
         url="https://physionet.org/content/ptb-xl/1.0.3/",
         get=_wget("ptb-xl/1.0.3", "ptbxl"),
         needs="ptbxl_database.csv, scp_statements.csv and records500/ (or records100/)",
-        labels="super",
+        labels="ptbxl-super",
         open=open_ptbxl,
         is_home=is_ptbxl,
         rates_hz=(500, 100),
+        n_records=21799,
+        download_GB=3.1,
     ),
     "cpsc2018": Reader(
-        title="CPSC 2018 (PhysioNet/CinC form)",
+        title="CPSC 2018",
         licence="CC BY 4.0",
         citation="Liu et al., J. Medical Imaging and Health Informatics 8, 2018, doi:10.1166/jmihi.2018.2442",
         url="https://physionet.org/content/challenge-2020/1.0.2/",
         get=_wget("challenge-2020/1.0.2/training/cpsc_2018", "cpsc2018"),
-        needs="headers and signals A0001.hea, A0001.mat, ... (folders below are searched)",
+        needs="A0001.hea and A0001.mat, ..., or A0001.mat, ... with REFERENCE.csv (folders below are searched)",
         labels="cpsc9",
         open=open_cpsc2018,
         is_home=is_cpsc2018,
         merge=True,
+        n_records=6877,
+        download_GB=1.3,
+    ),
+    "cpsc2018-extra": Reader(
+        title="CPSC 2018 Extra (PhysioNet/CinC 2021 1.0.3)",
+        licence="CC BY 4.0",
+        citation=_CINC2021,
+        url=_CINC2021_URL,
+        get=_wget("challenge-2021/1.0.3/training/cpsc_2018_extra", "cpsc2018-extra"),
+        needs="Q0001.hea and Q0001.mat, ... (folders below are searched)",
+        labels="cinc2021-26",
+        open=partial(open_cohorts, "Q"),
+        is_home=partial(is_cohort, "Q"),
+        merge=True,
+        n_records=3453,
+        download_GB=0.7,
+    ),
+    "georgia": Reader(
+        title="Georgia 12-lead challenge database (PhysioNet/CinC 2021 1.0.3)",
+        licence="CC BY 4.0",
+        citation=_CINC2021,
+        url=_CINC2021_URL,
+        get=_wget("challenge-2021/1.0.3/training/georgia", "georgia"),
+        needs="E00001.hea and E00001.mat, ... (folders below are searched)",
+        labels="cinc2021-26",
+        open=partial(open_cohorts, "E"),
+        is_home=partial(is_cohort, "E"),
+        merge=True,
+        n_records=10344,
+        download_GB=1.3,
+    ),
+    "chapman-ningbo": Reader(
+        title="Chapman-Shaoxing and Ningbo 12-lead ECGs (ecg-arrhythmia 1.0.0)",
+        licence="CC BY 4.0",
+        citation="Zheng et al., Scientific Data 7:48, 2020, doi:10.1038/s41597-020-0386-x",
+        url="https://physionet.org/content/ecg-arrhythmia/1.0.0/",
+        get=_wget("ecg-arrhythmia/1.0.0", "chapman-ningbo"),
+        needs="WFDBRecords/01/010/JS00001.hea, ..., or the challenge's folders chapman_shaoxing and ningbo",
+        labels="cinc2021-26",
+        open=partial(open_cohorts, "CN"),
+        is_home=is_csn,
+        merge=True,
+        n_records=45152,
+        download_GB=5.5,
+    ),
+    "ptb": Reader(
+        title="PTB Diagnostic ECG Database 1.0.0",
+        licence="ODC-By 1.0",
+        citation="Bousseljot et al., Biomedizinische Technik 40(S1):317, 1995, doi:10.1515/bmte.1995.40.s1.317",
+        url="https://physionet.org/content/ptbdb/1.0.0/",
+        get=_wget("ptbdb/1.0.0", "ptb"),
+        needs="patient001/s0010_re.hea, ..., or the challenge's S0001.hea, ... (folders below are searched)",
+        labels="ptbxl-super",
+        open=open_ptb,
+        is_home=is_ptb,
+        merge=True,
+        n_records=549,
+        download_GB=1.7,
+    ),
+    "incart": Reader(
+        title="St Petersburg INCART 12-lead database (PhysioNet/CinC 2021 1.0.3)",
+        licence="CC BY 4.0",
+        citation=_CINC2021,
+        url=_CINC2021_URL,
+        get=_wget("challenge-2021/1.0.3/training/st_petersburg_incart", "incart"),
+        needs="I0001.hea and I0001.mat, ... (folders below are searched)",
+        labels="cinc2021-26",
+        open=partial(open_cohorts, "I"),
+        is_home=partial(is_cohort, "I"),
+        merge=True,
+        n_records=74,
+        download_GB=0.8,
     ),
     "cinc2021": Reader(
         title="PhysioNet/CinC Challenge 2021 1.0.3",
         licence="CC BY 4.0",
-        citation="Reyna et al., Computing in Cardiology 48, 2021, doi:10.23919/CinC53138.2021.9662687",
-        url="https://physionet.org/content/challenge-2021/1.0.3/",
+        citation=_CINC2021,
+        url=_CINC2021_URL,
         get=_wget("challenge-2021/1.0.3/training", "cinc2021/training"),
         needs="training/COHORT/..., or headers with their .mat files (folders below are searched)",
         labels="cinc2021-26",
         open=open_cinc2021,
-        is_home=is_cinc2021,
+        is_home=is_cinc,
         merge=True,
+        n_records=88253,
+        download_GB=13.5,
+    ),
+    "cinc2020": Reader(
+        title="PhysioNet/CinC Challenge 2020 1.0.2",
+        licence="CC BY 4.0",
+        citation="Perez Alday et al., Physiological Measurement 41:124003, 2020, doi:10.1088/1361-6579/abc960",
+        url="https://physionet.org/content/challenge-2020/1.0.2/",
+        get=_wget("challenge-2020/1.0.2/training", "cinc2020/training"),
+        needs="training/COHORT/..., or headers with their .mat files (folders below are searched)",
+        labels="cinc2020-24",
+        open=open_cinc2020,
+        is_home=is_cinc,
+        merge=True,
+        n_records=43101,
+        download_GB=8.0,
     ),
     "code15": Reader(
         title="CODE-15% 1.0.0",
@@ -162,6 +263,7 @@ READERS: dict[str, Reader] = {
         open=open_code15,
         is_home=is_code15,
         n_records=345_779,
+        download_GB=68.0,
     ),
     "mimic-iv-ecg": Reader(
         title="MIMIC-IV-ECG 1.0 (labels: the cart's own statements)",
@@ -174,9 +276,9 @@ READERS: dict[str, Reader] = {
         open=open_mimic,
         is_home=is_mimic,
         n_records=800_035,
+        download_GB=96.0,
         unlabelled=True,
     ),
-    # any folder at all: the two below match much, so they come last
     "dicom": Reader(
         title="a folder of DICOM ECG waveforms",
         licence="the owner's",
@@ -187,6 +289,7 @@ READERS: dict[str, Reader] = {
         labels="",
         open=open_dicom,
         is_home=is_dicom,
+        any_folder=True,
         unlabelled=True,
     ),
     "wfdb": Reader(
@@ -199,6 +302,7 @@ READERS: dict[str, Reader] = {
         labels="",
         open=open_wfdb,
         is_home=is_wfdb,
+        any_folder=True,
         unlabelled=True,
     ),
 }
@@ -220,4 +324,24 @@ def home_of(name: str, folder: Path) -> Path | None:
     is_home = READERS[name].is_home
     if is_home is None or not folder.is_dir():
         return None
+    if READERS[name].any_folder:
+        return folder if is_home(folder) else None
     return locate(folder, is_home, merge=READERS[name].merge)
+
+
+def detect(folder: Path) -> str | None:
+    """Name of the dataset that lies in a folder, or just below it; None where none is found.
+
+    The nearest level decides, so that the tree of a challenge is not taken for one of its cohorts; on one level, the
+    first row.
+    """
+    for level in levels(folder) if folder.is_dir() else ():
+        for name, reader in READERS.items():
+            if reader.is_home is not None and not reader.any_folder:
+                homes = sum(map(reader.is_home, level))
+                if homes == 1 or (homes and reader.merge):
+                    return name
+    kinds = (
+        name for name, reader in READERS.items() if reader.any_folder and reader.is_home and reader.is_home(folder)
+    )
+    return next(kinds, None)

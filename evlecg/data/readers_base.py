@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Source:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._prefix = os.path.join(root, "")  # noqa: PTH118
         self._sha256: dict[str, tuple[int, str]] = {}
 
     def read(self, relative: str) -> bytes:
@@ -80,7 +82,8 @@ class Source:
             Unfit: the path leads out of the source folder.
             OSError: the file cannot be read.
         """
-        data = self.path(relative).read_bytes()
+        with open(self._place(relative), "rb") as file:  # noqa: PTH123 - see _place
+            data = file.read()
         self._sha256[relative] = (len(data), hashlib.sha256(data).hexdigest())
         return data
 
@@ -101,16 +104,20 @@ class Source:
 
     def path(self, relative: str) -> Path:
         """Where a file lies; names inside a dataset cannot lead out of its folder."""
-        plain = os.path.normpath(relative)
-        if Path(plain).is_absolute() or Path(plain).parts[:1] == ("..",):
-            raise Unfit("a file name leads out of the source folder")
-        return self.root / plain
+        return Path(self._place(relative))
 
     def exists(self, relative: str) -> bool:
-        return self.path(relative).is_file()
+        return os.path.isfile(self._place(relative))  # noqa: PTH113 - see _place
 
-    def find(self, suffix: str) -> list[str]:
-        """Relative paths of all files with a suffix, hidden ones apart, sorted."""
+    def _place(self, relative: str) -> str:
+        # text, not a Path: five of those a record cost as much time as its hash
+        plain = os.path.normpath(relative)
+        if os.path.isabs(plain) or plain == ".." or plain.startswith(f"..{os.sep}"):  # noqa: PTH117
+            raise Unfit("a file name leads out of the source folder")
+        return f"{self._prefix}{plain}"
+
+    def find(self, suffix: str | tuple[str, ...]) -> list[str]:
+        """Relative paths of all files with a suffix (or one of several), hidden ones apart, sorted."""
         found: list[str] = []
         for folder, folders, files in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -141,6 +148,27 @@ class Source:
                 inside = os.path.relpath(path, self.root)
                 digest.update(f"{inside}\t{status.st_size}\t{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:32]
+
+
+class Listing(Iterable[Any]):
+    """Entries that are listed when they are first asked for: only the main process asks, workers get theirs handed out.
+
+    Args:
+        make: lists them, in an order that never changes.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _entries(self) -> list[Any]:
+        return list(self._make())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 @dataclass(frozen=True)
@@ -184,6 +212,12 @@ class Reading:
                 yield Rejected(self.name(entry), error.what)
             except (ValueError, LookupError, OverflowError) as error:
                 yield Rejected(self.name(entry), f"malformed: {type(error).__name__}")
+
+    def n_entries(self) -> int | None:
+        """`total`, else what listing the entries tells; None where only reading them would."""
+        if self.total is not None:
+            return self.total
+        return len(self.entries) if isinstance(self.entries, Sized) else None
 
 
 @dataclass(frozen=True)
@@ -234,15 +268,29 @@ def locate(folder: Path, is_home: Callable[[Path], bool], *, merge: bool = False
         merge: where several match, they are parts of one dataset, and their common parent is its top; otherwise
             several are ambiguous, and count as none.
     """
-    level = [folder]
-    for _ in range(SEARCH_DEPTH + 1):
+    for level in levels(folder):
         homes = [path for path in level if is_home(path)]
         if len(homes) == 1:
             return homes[0]
         if homes:
             return Path(os.path.commonpath(homes)) if merge else None
+    return None
+
+
+def levels(folder: Path) -> Iterator[list[Path]]:
+    """The folder, the folders in it, those in them, ... as deep and as wide as a download may be wrapped."""
+    level = [folder]
+    for _ in range(SEARCH_DEPTH + 1):
+        yield level
         level = [path for parent in level for path in sorted(parent.iterdir()) if path.is_dir()]
         level = [path for path in level if not path.name.startswith(".")]
         if len(level) > SEARCH_WIDTH:
-            return None
-    return None
+            return
+
+
+def names_in(folder: Path, suffix: str) -> Iterator[str]:
+    """Names, without the suffix, of the files in a folder; lazy, so that the first wrong one can end a search."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix) and not entry.name.startswith("."):
+                yield entry.name.removesuffix(suffix)

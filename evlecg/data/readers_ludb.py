@@ -40,10 +40,10 @@ def open_ludb(source: Source, options: ReadOptions) -> Reading:
     ]
 
     def read(row: _Row) -> Record:
-        relative = f"data/{row.id}.hea"
-        if not source.exists(relative):
-            raise Dropped("listed, but not in this copy")
-        header = read_header(source, relative)
+        try:
+            header = read_header(source, f"data/{row.id}.hea")
+        except FileNotFoundError as error:
+            raise Dropped("listed, but not in this copy") from error
         raw, repairs = _same_scale(header, read_signal(source, header))
         mended = mend(raw.values, raw.leads, raw.units, header.fs_hz)
         return Record(

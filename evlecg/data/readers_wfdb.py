@@ -147,7 +147,7 @@ def read_signal(source: Source, header: Header) -> RawSignal:
         wanted = [index for index, channel in enumerate(channels) if lead_index(channel.lead) is not None]
         if not wanted:  # extra leads in a file of their own (PTB's .xyz) need not be there
             continue
-        steps_CT = _read_format_16(source, _signal_file(source, header, file), channels, header)
+        steps_CT = _read_format_16(_signal_bytes(source, header, file), channels, header)
         steps_LT = np.ascontiguousarray(steps_CT[wanted])
         leads = [channels[index] for index in wanted]
         gain_L = np.array([lead.gain or DEFAULT_GAIN for lead in leads], np.float32)
@@ -165,17 +165,17 @@ def read_signal(source: Source, header: Header) -> RawSignal:
     )
 
 
-def _signal_file(source: Source, header: Header, file: str) -> str:
-    """Path of a signal file; where the header names another record's, the one that lies beside the header."""
+def _signal_bytes(source: Source, header: Header, file: str) -> bytes:
+    """A signal file; where the header names another record's, the one that lies beside the header."""
     folder = header.stem.rpartition("/")[0]
-    named = f"{folder}/{file}" if folder else file
-    beside = header.stem + "." + file.rpartition(".")[2]
-    return beside if not source.exists(named) and source.exists(beside) else named
+    try:
+        return source.read(f"{folder}/{file}" if folder else file)
+    except FileNotFoundError:  # no look before the leap: tens of thousands of files are where they should be
+        return source.read(header.stem + "." + file.rpartition(".")[2])
 
 
-def _read_format_16(source: Source, relative: str, channels: list[Channel], header: Header) -> np.ndarray:
+def _read_format_16(data: bytes, channels: list[Channel], header: Header) -> np.ndarray:
     """int16 [channels, T] of one interleaved little-endian file."""
-    data = source.read(relative)
     start, width = channels[0].skipped_bytes, 2 * len(channels)
     held = max(len(data) - start, 0) // width
     said = held if header.n_samples is None else header.n_samples
@@ -190,7 +190,7 @@ def _read_through_wfdb(source: Source, header: Header) -> RawSignal:
     import wfdb
 
     for file in {channel.file for channel in header.channels}:
-        source.read(_signal_file(source, header, file))  # hashed; these formats are rare enough to be read twice
+        _signal_bytes(source, header, file)  # hashed; these formats are rare enough to be read twice
     record = cast(wfdb.Record, wfdb.rdrecord(str(source.path(header.stem))))  # m2s: one record, not its segments
     values = np.asarray(record.p_signal, np.float32).T
     return RawSignal(values, tuple(record.sig_name or ()), tuple(record.units or ()))

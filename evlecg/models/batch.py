@@ -59,7 +59,10 @@ class BatchBuilder:
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         chosen = [self.samples[int(index)] for index in indices]
-        turns = [[Turn(question.text, question.answer) for question in sample.questions] for sample in chosen]
+        turns = [
+            [Turn(question.text, question.answer, history=question.history) for question in sample.questions]
+            for sample in chosen
+        ]
         student, layout = self._side(self.student, chosen, turns)
         teacher = self._side(self.teacher, chosen, turns)[0] if self.teacher is not None else None
         _, lead_C, time_C2 = layout.cells()

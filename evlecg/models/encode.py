@@ -26,16 +26,23 @@ from evlecg.models.load import Checkpoint
 from evlecg.page.layout import PageLayout
 from evlecg.schema import Side
 
+REMEMBERED_TURNS = 20_000
 PAPER_SHAPE = (1100, 850)  # landscape letter at 100 px an inch: the shape of a page where the processor sets none
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and the answer that follows it (`ends`: the end-of-turn mark follows too)."""
+    """One question and the answer that follows it.
+
+    Attributes:
+        ends: the end-of-turn mark follows, too.
+        history: earlier (question, answer) turns of the same dialogue; the image stands before the first.
+    """
 
     question: str
     answer: str
     ends: bool = True
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,17 @@ class _Tail:
     @property
     def n_prompt(self) -> int:
         return self.is_answer.index(True) if True in self.is_answer else len(self.ids)
+
+
+def _messages(turn: Turn) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What was said before the answer, and the answer; the image stands in the first message."""
+    said = [*(text for pair in turn.history for text in pair), turn.question, turn.answer]
+    messages = [
+        {"role": "assistant" if place % 2 else "user", "content": [{"type": "text", "text": text}]}
+        for place, text in enumerate(said)
+    ]
+    messages[0]["content"].insert(0, {"type": "image"})
+    return messages[:-1], messages[-1]
 
 
 class Encoder:
@@ -75,14 +93,14 @@ class Encoder:
 
     def text(self, turn: Turn) -> tuple[str, str]:
         """(prompt, prompt with the answer): the checkpoint's chat template, image first."""
-        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turn.question}]}
-        replied = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
+        asked, replied = _messages(turn)
         if not getattr(self.processor, "chat_template", None):  # PaliGemma's kind: image and question, then the answer
             image = getattr(self.processor, "image_token", "<image>")
-            prompt = f"{image}{turn.question}\n"
+            earlier = "".join(f"{question}\n{answer}\n" for question, answer in turn.history)
+            prompt = f"{image}{earlier}{turn.question}\n"
             return prompt, prompt + turn.answer + ((self.tokenizer.eos_token or "") if turn.ends else "")
-        prompt = self.processor.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
-        full = self.processor.apply_chat_template([asked, replied], tokenize=False).rstrip()
+        prompt = self.processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        full = self.processor.apply_chat_template([*asked, replied], tokenize=False).rstrip()
         if not full.startswith(prompt) or turn.answer not in full[len(prompt) :]:
             full = prompt + turn.answer + (self.tokenizer.eos_token or "")
         if not turn.ends:
@@ -152,6 +170,8 @@ class Encoder:
 
     def _tail(self, turn: Turn) -> _Tail:
         if turn not in self._tails:
+            if len(self._tails) >= REMEMBERED_TURNS:  # reports and dialogues hardly ever repeat
+                self._tails.clear()
             self._tails[turn] = self._tokenize_tail(turn)
         return self._tails[turn]
 

@@ -12,6 +12,9 @@ from evlecg.data.readers_cinc import is_cinc, is_cohort, is_csn, open_cinc2020, 
 from evlecg.data.readers_code15 import is_code15, open_code15
 from evlecg.data.readers_cpsc import is_cpsc2018, open_cpsc2018
 from evlecg.data.readers_dicom import is_dicom, open_dicom
+from evlecg.data.readers_ecgbench import is_ecgbench, open_ecgbench
+from evlecg.data.readers_ecgqa import is_ecgqa, open_ecgqa
+from evlecg.data.readers_llava import is_llava, open_llava
 from evlecg.data.readers_ludb import is_ludb, open_ludb
 from evlecg.data.readers_mimic import is_mimic, open_mimic
 from evlecg.data.readers_ptb import is_ptb, open_ptb
@@ -37,14 +40,14 @@ class Reader:
         url: where it is described.
         get: shell commands that put it into ./data/NAME; empty where nothing has to be fetched.
         needs: what its top folder must hold, for an error message.
-        labels: default label set (or sets, joined by `+`); empty where the folder brings its own.
+        labels: default label set (or sets, joined by `+`); empty where the dataset brings its own, or questions.
         open: source folder (None for generated data) and options -> `Reading`.
         is_home: whether a folder is its top folder; None where there is no folder.
         merge: its files may be spread over sibling folders.
         any_folder: it takes any folder with files of its kind, at any depth: never looked for below the given one, and
             detected only where nothing else is.
         rates_hz: sampling rates that were published; empty where there is no choice.
-        n_records: as published; None where it depends on what the user brings.
+        n_records: as published (dialogue items, for dialogue datasets); None where it depends on what the user brings.
         download_GB: about how large it is, in 1e9 bytes of signals; None where it depends on the user.
         unlabelled: its records may have no labels, only a report.
         access: "open", or what a reader has to do first ("PhysioNet credentialed", ...).
@@ -96,6 +99,7 @@ def _wget(path: str, name: str) -> tuple[str, ...]:
 
 _CINC2021 = "Reyna et al., Computing in Cardiology 48, 2021, doi:10.23919/CinC53138.2021.9662687"
 _CINC2021_URL = "https://physionet.org/content/challenge-2021/1.0.3/"
+_ECGQA = ("git clone --depth 1 https://github.com/Jwoo5/ecg-qa data/ecgqa",)
 
 READERS: dict[str, Reader] = {
     "synthetic": Reader(
@@ -278,6 +282,81 @@ READERS: dict[str, Reader] = {
         n_records=800_035,
         download_GB=96.0,
         unlabelled=True,
+    ),
+    "ecgqa": Reader(
+        title="ECG-QA 1.0.2, paraphrased",
+        licence="CC BY 4.0 (questions; signals of PTB-XL and MIMIC-IV-ECG under their own)",
+        citation="Oh et al., NeurIPS Datasets and Benchmarks, 2023, arXiv:2306.15681",
+        url="https://github.com/Jwoo5/ecg-qa",
+        get=_ECGQA,
+        needs="ptbxl/paraphrased/{train,valid,test}/*.json or mimic-iv-ecg/..., and --signals ptb-xl=DIR or mimic=DIR",
+        labels="",
+        open=partial(open_ecgqa, wording="paraphrased"),
+        is_home=partial(is_ecgqa, wording="paraphrased"),
+    ),
+    "ecgqa-template": Reader(
+        title="ECG-QA 1.0.2, template wording",
+        licence="CC BY 4.0 (questions; signals of PTB-XL and MIMIC-IV-ECG under their own)",
+        citation="Oh et al., NeurIPS Datasets and Benchmarks, 2023, arXiv:2306.15681",
+        url="https://github.com/Jwoo5/ecg-qa",
+        get=tuple(command.replace("data/ecgqa", "data/ecgqa-template") for command in _ECGQA),
+        needs="ptbxl/template/{train,valid,test}/*.json or mimic-iv-ecg/..., and --signals ptb-xl=DIR or mimic=DIR",
+        labels="",
+        open=partial(open_ecgqa, wording="template"),
+        is_home=partial(is_ecgqa, wording="template"),
+    ),
+    "ecginstruct": Reader(
+        title="ECGInstruct",
+        licence="as its card says; made from MIMIC-IV-ECG, PTB-XL and CODE-15%",
+        citation="Liu et al., Teach Multimodal LLMs to Comprehend Electrocardiographic Images, 2024, arXiv:2410.19008",
+        url="https://huggingface.co/datasets/PULSE-ECG/ECGInstruct",
+        get=(
+            "hf download PULSE-ECG/ECGInstruct --repo-type dataset --local-dir data/ecginstruct",
+            "cat data/ecginstruct/shard_*.tar.gz | tar -xzif - -C data/ecginstruct",
+        ),
+        needs="a JSON list of {id, image, conversations}, and the pictures (or --signals ptb-xl=DIR, mimic=DIR)",
+        labels="",
+        open=partial(open_llava, dataset="ecginstruct"),
+        is_home=partial(is_llava, dataset="ecginstruct"),
+        n_records=1_156_110,
+        download_GB=41.3,
+    ),
+    "ecg-grounding": Reader(
+        title="ECG-Grounding",
+        licence="as its card says; made from MIMIC-IV-ECG and PULSE's data",
+        citation="Lan et al., GEM, NeurIPS 2025, arXiv:2503.06073",
+        url="https://huggingface.co/datasets/LANSG/ECG-Grounding",
+        get=("hf download LANSG/ECG-Grounding --repo-type dataset --local-dir data/ecg-grounding",),
+        needs="JSON lists of {id, image, ecg, conversations}, and signals (--signals mimic=DIR) or pictures",
+        labels="",
+        open=partial(open_llava, dataset="ecg-grounding"),
+        is_home=partial(is_llava, dataset="ecg-grounding"),
+    ),
+    "ecg-r1": Reader(
+        title="ECG-R1 (Protocol-Guided Grounding CoT)",
+        licence="as its card says; made from MIMIC-IV-ECG and PULSE's data",
+        citation="Jin et al., ECG-R1, 2026",
+        url="https://huggingface.co/datasets/PKUDigitalHealth/ECG-Protocol-Guided-Grounding-CoT",
+        get=(
+            "hf download PKUDigitalHealth/ECG-Protocol-Guided-Grounding-CoT"
+            " --repo-type dataset --local-dir data/ecg-r1",
+        ),
+        needs="files of {messages, images, objects}, one a line, and signals (--signals mimic=DIR) or pictures",
+        labels="",
+        open=partial(open_llava, dataset="ecg-r1"),
+        is_home=partial(is_llava, dataset="ecg-r1"),
+    ),
+    "ecgbench": Reader(
+        title="ECGBench",
+        licence="as its card says; made from PTB-XL, CPSC 2018, CSN, G12EC, CODE-15% and published pictures",
+        citation="Liu et al., Teach Multimodal LLMs to Comprehend Electrocardiographic Images, 2024, arXiv:2410.19008",
+        url="https://huggingface.co/datasets/PULSE-ECG/ECGBench",
+        get=("hf download PULSE-ECG/ECGBench --repo-type dataset --local-dir data/ecgbench",),
+        needs="SUBSET/test-*.parquet, or SUBSET.json with images/ (subsets: ptb-test, cpsc-test, ecgqa-test, ...)",
+        labels="",
+        open=open_ecgbench,
+        is_home=is_ecgbench,
+        n_records=11_247,
     ),
     "dicom": Reader(
         title="a folder of DICOM ECG waveforms",

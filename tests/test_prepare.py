@@ -187,7 +187,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
     listener = Listener()
     write_cpsc(tmp_path / "cpsc", broken=1)
     prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", progress=listener)
-    assert listener.said == ["preparing CPSC 2018 (PhysioNet/CinC form): 4 records"]
+    assert listener.said == ["preparing CPSC 2018: 4 records"]
 
 
 def test_twice_is_a_no_op_that_says_so(tmp_path: Path) -> None:

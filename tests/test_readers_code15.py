@@ -59,13 +59,13 @@ def write_exams(folder: Path, rows: list[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
-def open_at(folder: Path, labels: str = "code15-6+super", seed: int = 0) -> Reading:
+def open_at(folder: Path, labels: str = "code15-6+ptbxl-super", seed: int = 0) -> Reading:
     home = home_of("code15", folder)
     assert home is not None
     return READERS["code15"].open(Source(home), ReadOptions(resolve_labels(labels), seed))  # type: ignore[arg-type]
 
 
-def read(folder: Path, labels: str = "code15-6+super") -> dict[str, Record | Rejected]:
+def read(folder: Path, labels: str = "code15-6+ptbxl-super") -> dict[str, Record | Rejected]:
     return {item.id: item for item in open_at(folder, labels).records()}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from evlecg.data.readers import READERS, ReadOptions, Rejected, Source, home_of
+from evlecg.data.readers import READERS, ReadOptions, Rejected, Source, detect, home_of
 from evlecg.data.readers_base import Reading, split_of
 from evlecg.data.readers_table import Table, hashed, holds_file, read_table
 from evlecg.data.store import Prepared
@@ -194,3 +194,12 @@ def test_real_folder_with_its_own_table(shared_data: Path) -> None:
             if isinstance(item, Record):
                 assert item.labels == {"chagas": row["chagas"] == "True"}
                 assert item.sex == row["sex"][0] and item.patient_id == hashed(row["patient_id"])
+
+
+def test_any_folder_is_detected_last(tmp_path: Path) -> None:
+    """A wrapped dataset is found before the folder around it is taken for a folder of records."""
+    write_wfdb(tmp_path / "physionet.org" / "files" / "ludb", "1")
+    assert detect(tmp_path) == "wfdb"
+    (tmp_path / "physionet.org" / "files" / "ludb" / "ludb.csv").write_text("ID\n1\n")
+    assert detect(tmp_path) == "ludb"
+    assert detect(tmp_path / "nothing") is None

@@ -44,11 +44,12 @@ class Reader:
         open: source folder (None for generated data) and options -> `Reading`.
         is_home: whether a folder is its top folder; None where there is no folder.
         merge: its files may be spread over sibling folders.
+        any_folder: it takes any folder with files of its kind, at any depth: never looked for below the given one, and
+            detected only where nothing else is.
         rates_hz: sampling rates that were published; empty where there is no choice.
         n_records: as published (dialogue items, for dialogue datasets); None where it depends on what the user brings.
         download_GB: about how large it is, in 1e9 bytes of signals; None where it depends on the user.
         unlabelled: its records may have no labels, only a report.
-        last_resort: it matches nearly any folder, so it is taken for no download that another row knows.
         access: "open", or what a reader has to do first ("PhysioNet credentialed", ...).
     """
 
@@ -62,12 +63,12 @@ class Reader:
     open: Callable[[Source, ReadOptions], Reading] | Callable[[None, ReadOptions], Reading]
     is_home: Callable[[Path], bool] | None
     merge: bool = False
+    any_folder: bool = False
     rates_hz: tuple[int, ...] = ()
     n_records: int | None = None
     download_GB: float | None = None
     access: str = "open"
     unlabelled: bool = False
-    last_resort: bool = False
 
     @property
     def needs_source(self) -> bool:
@@ -266,6 +267,7 @@ READERS: dict[str, Reader] = {
         open=open_code15,
         is_home=is_code15,
         n_records=345_779,
+        download_GB=68.0,
     ),
     "mimic-iv-ecg": Reader(
         title="MIMIC-IV-ECG 1.0 (labels: the cart's own statements)",
@@ -278,6 +280,7 @@ READERS: dict[str, Reader] = {
         open=open_mimic,
         is_home=is_mimic,
         n_records=800_035,
+        download_GB=96.0,
         unlabelled=True,
     ),
     "ecgqa": Reader(
@@ -365,8 +368,8 @@ READERS: dict[str, Reader] = {
         labels="",
         open=open_dicom,
         is_home=is_dicom,
+        any_folder=True,
         unlabelled=True,
-        last_resort=True,
     ),
     "wfdb": Reader(
         title="a folder of WFDB records with a label table",
@@ -378,8 +381,8 @@ READERS: dict[str, Reader] = {
         labels="",
         open=open_wfdb,
         is_home=is_wfdb,
+        any_folder=True,
         unlabelled=True,
-        last_resort=True,
     ),
 }
 
@@ -400,6 +403,8 @@ def home_of(name: str, folder: Path) -> Path | None:
     is_home = READERS[name].is_home
     if is_home is None or not folder.is_dir():
         return None
+    if READERS[name].any_folder:
+        return folder if is_home(folder) else None
     return locate(folder, is_home, merge=READERS[name].merge)
 
 
@@ -409,11 +414,13 @@ def detect(folder: Path) -> str | None:
     The nearest level decides, so that the tree of a challenge is not taken for one of its cohorts; on one level, the
     first row.
     """
-    for last_resort in (False, True):
-        for level in levels(folder) if folder.is_dir() else ():
-            for name, reader in READERS.items():
-                if reader.is_home is not None and reader.last_resort == last_resort:
-                    homes = sum(map(reader.is_home, level))
-                    if homes == 1 or (homes and reader.merge):
-                        return name
-    return None
+    for level in levels(folder) if folder.is_dir() else ():
+        for name, reader in READERS.items():
+            if reader.is_home is not None and not reader.any_folder:
+                homes = sum(map(reader.is_home, level))
+                if homes == 1 or (homes and reader.merge):
+                    return name
+    kinds = (
+        name for name, reader in READERS.items() if reader.any_folder and reader.is_home and reader.is_home(folder)
+    )
+    return next(kinds, None)

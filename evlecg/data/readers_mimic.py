@@ -15,7 +15,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -143,6 +143,22 @@ def is_mimic(folder: Path) -> bool:
     return (folder / RECORDS).is_file()
 
 
+@lru_cache(maxsize=20_000)  # some 3,000 statements make up 800,000 reports
+def _findings(statement: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Labels that a statement (lower case) gives, and those that it leaves open."""
+    if statement.startswith(DENIALS):
+        return frozenset(), frozenset()
+    hedge = _HEDGE.search(statement)
+    certain_to = hedge.start() if hedge else len(statement)
+    certain: set[str] = set()
+    hedged: set[str] = set()
+    for piece, labels in _PIECES:
+        for match in piece.finditer(statement):
+            (certain if match.start() < certain_to else hedged).update(labels)
+        statement = piece.sub(lambda match: "#" * len(match[0]), statement)  # places stay where they are
+    return frozenset(certain), frozenset(hedged)
+
+
 def machine_labels(wanted: Iterable[str], statements: Iterable[str]) -> dict[str, bool]:
     """Labels of a record from the cart's statements.
 
@@ -160,14 +176,9 @@ def machine_labels(wanted: Iterable[str], statements: Iterable[str]) -> dict[str
     said = [statement for statement in said if statement]
     for statement in said:
         given_up |= any(phrase in statement for phrase in GIVEN_UP)
-        if statement.startswith(DENIALS):
-            continue
-        hedge = _HEDGE.search(statement)
-        certain_to = hedge.start() if hedge else len(statement)
-        for piece, labels in _PIECES:
-            for match in piece.finditer(statement):
-                (present if match.start() < certain_to else maybe).update(labels)
-            statement = piece.sub(lambda match: "#" * len(match[0]), statement)  # places stay where they are
+        certain, hedged = _findings(statement)
+        present |= certain
+        maybe |= hedged
     finding = bool(present - SINUS - {"NORM"})
     graded = any(word in statement for statement in said for word in ("borderline", "otherwise normal", "except for"))
     if any("abnormal ecg" in statement for statement in said):

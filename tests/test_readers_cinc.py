@@ -191,6 +191,17 @@ def test_native_cpsc2018_in_its_folders(tmp_path: Path) -> None:
     assert_allclose(records["A0001"].signal_mV, STEPS / np.float32(1000), rtol=1e-6)
 
 
+def test_native_cpsc2018_with_its_reference_one_folder_up(tmp_path: Path) -> None:
+    (tmp_path / "download" / "TrainingSet1").mkdir(parents=True)
+    structure = {"sex": "Male", "age": 70, "data": STEPS / 1000.0}
+    savemat(tmp_path / "download" / "TrainingSet1" / "A0001.mat", {"ECG": structure})
+    row = {"Recording": "A0001", "First_label": 9, "Second_label": "", "Third_label": ""}
+    write_csv(tmp_path / "download" / "REFERENCE.csv", [row])
+    assert {name: yes(record) for name, record in kept(read("cpsc2018", tmp_path)).items()} == {"A0001": {"STE"}}
+    write_csv(tmp_path / "REFERENCE.csv", [{"A00001": "N"}])  # that of the 2017 challenge
+    assert home_of("cpsc2018", tmp_path) == tmp_path / "download"
+
+
 # PTB
 
 
@@ -241,8 +252,8 @@ def test_challenge_numbers_follow_the_original_databases(shared_data: Path) -> N
     assert [patient_of("S", name) for name in ("S0001", "S0004", "S0537", "S0549", "S0550")] == [
         "patient001", "patient002", "patient285", "patient294", "S0550",
     ]  # fmt: skip
-    assert [patient_of("I", name) for name in ("I0001", "I0036", "I0049", "I0071", "I0075")] == [
-        "incart001", "incart016", "incart022", "incart030", "incart032",
+    assert [patient_of("I", name) for name in ("I0001", "I0003", "I0036", "I0049", "I0071", "I0075")] == [
+        "incart001", "incart002", "incart016", "incart022", "incart030", "incart032",
     ]  # fmt: skip
     assert patient_of("E", "E00001") == "E00001" and patient_of("N", "S23074") == "S23074"
     # The first record of both, in the resolution of the challenge's.

@@ -63,6 +63,31 @@ def test_each_cohort_is_found_in_the_whole_tree(tmp_path: Path) -> None:
     assert set(kept(read("cinc2020", tmp_path))["E00001"].labels) <= set(LABEL_SETS["cinc2020-24"])
 
 
+def test_headers_as_they_are_found(tmp_path: Path) -> None:
+    variants = {
+        "E00001": ("16+24 1000/mV", "16x1+24 1000.0(0)/mV"),
+        "E00002": ("16+24 1000/mV", "16+24 1000/mv"),
+        "E00003": ("E00003 12 500 5000", "E00003.mat 12 500 5000 05-Feb-2020 11:39:16"),
+        "E00004": ("# Sex: male", "#Sex: Female"),
+        "E00005": ("# Age: 78", "#Age: NaN"),
+        "E00006": ("1000/mV", "2000000/mV"),
+    }
+    comments = (" Age: 78", " Sex: male", " Dx: 426177001,59118001", " Hx: Jane Doe")
+    for name, (plain, odd) in variants.items():
+        write_wfdb(tmp_path, name, **MAT, gains=("1000/mV",) * 12, comments=comments)
+        header = tmp_path / f"{name}.hea"
+        assert plain in header.read_text()
+        header.write_text(header.read_text().replace(plain, odd))
+    records = kept(read("georgia", tmp_path))
+    assert set(records) == set(variants)
+    for record in records.values():
+        assert_allclose(record.signal_mV, STEPS / np.float32(1000), rtol=1e-6)
+        assert yes(record) == {"SBRAD", "RBBB"} and record.fs_hz == 500 and "Doe" not in repr(record)
+    assert [record.sex for record in records.values()] == ["M", "M", "M", "F", "M", "M"]
+    assert [record.age for record in records.values()] == [78, 78, 78, 78, None, 78]
+    assert records["E00006"].repairs == ("gain 2e+06 read as 1000 a mV",)
+
+
 def test_what_lies_in_a_folder_is_recognised(tmp_path: Path, shared_data: Path) -> None:
     write_tree(tmp_path)
     cohorts = {"georgia": "georgia", "cpsc_2018": "cpsc2018", "cpsc_2018_extra": "cpsc2018-extra", "ptb": "ptb"}
@@ -166,6 +191,17 @@ def test_native_cpsc2018_in_its_folders(tmp_path: Path) -> None:
     assert_allclose(records["A0001"].signal_mV, STEPS / np.float32(1000), rtol=1e-6)
 
 
+def test_native_cpsc2018_with_its_reference_one_folder_up(tmp_path: Path) -> None:
+    (tmp_path / "download" / "TrainingSet1").mkdir(parents=True)
+    structure = {"sex": "Male", "age": 70, "data": STEPS / 1000.0}
+    savemat(tmp_path / "download" / "TrainingSet1" / "A0001.mat", {"ECG": structure})
+    row = {"Recording": "A0001", "First_label": 9, "Second_label": "", "Third_label": ""}
+    write_csv(tmp_path / "download" / "REFERENCE.csv", [row])
+    assert {name: yes(record) for name, record in kept(read("cpsc2018", tmp_path)).items()} == {"A0001": {"STE"}}
+    write_csv(tmp_path / "REFERENCE.csv", [{"A00001": "N"}])  # that of the 2017 challenge
+    assert home_of("cpsc2018", tmp_path) == tmp_path / "download"
+
+
 # PTB
 
 
@@ -216,8 +252,8 @@ def test_challenge_numbers_follow_the_original_databases(shared_data: Path) -> N
     assert [patient_of("S", name) for name in ("S0001", "S0004", "S0537", "S0549", "S0550")] == [
         "patient001", "patient002", "patient285", "patient294", "S0550",
     ]  # fmt: skip
-    assert [patient_of("I", name) for name in ("I0001", "I0036", "I0049", "I0071", "I0075")] == [
-        "incart001", "incart016", "incart022", "incart030", "incart032",
+    assert [patient_of("I", name) for name in ("I0001", "I0003", "I0036", "I0049", "I0071", "I0075")] == [
+        "incart001", "incart002", "incart016", "incart022", "incart030", "incart032",
     ]  # fmt: skip
     assert patient_of("E", "E00001") == "E00001" and patient_of("N", "S23074") == "S23074"
     # The first record of both, in the resolution of the challenge's.

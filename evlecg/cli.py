@@ -310,15 +310,23 @@ def _named_folders(pairs: list[str]) -> dict[str, Path]:
 
 
 def _print_catalogue(labels: bool, as_json: bool) -> None:
-    from evlecg.data.catalogue import datasets, label_sets
+    from evlecg.data.catalogue import datasets
+    from evlecg.data.catalogue import labels as label_catalogue
 
     if as_json:
-        return _print_json(label_sets() if labels else datasets())
+        return _print_json(label_catalogue() if labels else datasets())
     if labels:
-        for name, codes in label_sets().items():
+        known = label_catalogue()
+        for name, codes in known["sets"].items():
             typer.echo(f"{name} ({len(codes)})")
             for code, phrase in codes.items():
-                typer.echo(f"  {code:<8} {phrase}")
+                typer.echo(f"  {code:<10} {phrase}")
+        typer.echo("equivalent codes of the CinC challenges")
+        for label, names in known["equivalences"].items():
+            typer.echo(f"  {label:<10} {' = '.join(names)}")
+        typer.echo("SNOMED codes without a label")
+        for code, why in known["without_label"].items():
+            typer.echo(f"  {code:<16} {why}")
         return
     for name, about in datasets().items():
         known = [

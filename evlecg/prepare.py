@@ -185,7 +185,7 @@ def prepare(
             for item in (opened, *(Source(folder) for folder in options.signals.values()))
             if item is not None
         ],
-        "table": _file_signature(table),
+        "table": [_file_signature(path) for path in (table, table.with_suffix(".yaml"))] if table else None,
     }
     if not overwrite and (done := _finished(out, plan)) is not None:
         progress.info(f"{out} is up to date: the same source and options, {done.n_kept} records; nothing to do")
@@ -444,8 +444,8 @@ def _check_extras(reader: Reader, table: Path | None, signals: Mapping[str, Path
             raise EvlecgError(f"the folder of the signals of {name} does not exist", where=folder)
 
 
-def _file_signature(path: Path | None) -> list[int] | None:
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path else None
+def _file_signature(path: Path) -> list[int] | None:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
 
 def looks_raw(dataset: str, folder: Path) -> bool:

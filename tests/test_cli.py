@@ -104,4 +104,4 @@ def test_json_goes_to_stdout_alone(evlecg):
     assert json.loads(out)["splits"] == {"train": 3, "val": 1, "test": 2}
     code, out, err = evlecg("prepare", "--dataset", "synthetic", "--out", "data/s", "--json")
     assert code == 2 and err.startswith("error:")
-    assert "not empty" in json.loads(out)["error"]["what"]
+    assert "counts differ" in json.loads(out)["error"]["what"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from evlecg.data import dialogues
 from evlecg.data.dialogues import check_image, choices_of, distinct, inside, questions_of, read_image, text_of, turns
@@ -236,3 +236,35 @@ def test_paths_inside_pass_and_all_others_are_refused(tmp_path: Path) -> None:
     for name in ("images/a\0.png", "images/\ud800.png"):
         with pytest.raises(Unfit, match="no file"):
             inside(source, name)
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+def test_jpegs_lose_their_metadata_and_nothing_else(turned: int) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x0132] = turned, "Jane Doe", "2020:05:12 10:00:00"
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif, comment=b"ward 7, Jane Doe")
+    clean = check_image(file.getvalue())
+    assert b"Jane" in file.getvalue() and b"Jane" not in clean and b"2020" not in clean
+    before, after = Image.open(file), Image.open(io.BytesIO(clean))
+    assert after.getexif().get(0x0112, 1) == turned
+    np.testing.assert_array_equal(
+        np.asarray(ImageOps.exif_transpose(before)), np.asarray(ImageOps.exif_transpose(after))
+    )
+    assert check_image(clean) == clean
+
+
+def test_pngs_lose_their_metadata_and_nothing_else() -> None:
+    image = Image.fromarray(np.arange(64 * 40, dtype=np.uint8).reshape(40, 64)).convert("P")
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Patient", "Jane Doe")
+    about.add_itxt("Comment", "ward 7", zip=True)
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=about, transparency=3, dpi=(200, 200))
+    clean = check_image(file.getvalue())
+    assert b"Jane" in file.getvalue() and b"Jane" not in clean and b"Comment" not in clean
+    before, after = Image.open(file), Image.open(io.BytesIO(clean))
+    np.testing.assert_array_equal(np.asarray(before.convert("RGBA")), np.asarray(after.convert("RGBA")))
+    assert after.info["transparency"] == 3 and "dpi" in after.info

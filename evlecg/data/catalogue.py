@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evlecg.data.labels import LABEL_SETS, LABELS
+from evlecg.data.labels import EQUIVALENCES, LABEL_SETS, LABELS, SNOMED
 from evlecg.data.readers import READERS
 
 PREPARED_BYTES = 12 * 2 * 500 * 10  # a usual record: 12 leads, int16, 500 Hz, 10 s
@@ -30,6 +30,20 @@ def datasets() -> dict[str, dict[str, Any]]:
     }
 
 
-def label_sets() -> dict[str, dict[str, str]]:
-    """Label set -> code -> the phrase that completes "Does this ECG show ...?"."""
-    return {name: {code: LABELS[code] for code in codes} for name, codes in LABEL_SETS.items()}
+def labels() -> dict[str, Any]:
+    """Label sets, the codes that the challenges count as one, and the SNOMED codes that have no label here.
+
+    Returns:
+        `sets`: label set -> code -> the phrase that completes "Does this ECG show ...?"; `equivalences`: label -> the
+        names and SNOMED codes that mean it; `without_label`: SNOMED code -> name and reason.
+    """
+    return {
+        "sets": {name: {code: LABELS[code] for code in codes} for name, codes in LABEL_SETS.items()},
+        "equivalences": {
+            item.label: [f"{name} ({code})" for name, code in zip(item.names, item.codes, strict=True)]
+            for item in EQUIVALENCES
+        },
+        "without_label": {
+            code: f"{row.abbreviation}: {row.reason}" for code, row in SNOMED.items() if not row.label and row.reason
+        },
+    }

@@ -17,6 +17,8 @@ from evlecg.schema import Question
 MAX_IMAGE_BYTES = 50_000_000
 MAX_IMAGE_PIXELS = 50_000_000
 MIN_IMAGE_EDGE = 32
+_ORIENTATION = 0x0112
+_PNG_COLOUR = frozenset({b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"pHYs"})
 LONGEST_CHOICES = 20_000  # characters of a question in which choices are looked for
 SEVERAL_ECGS = "several ECGs in one question (one image a prompt)"
 
@@ -212,10 +214,10 @@ def read_image(source: Source, relative: str) -> bytes:
 
 
 def check_image(data: bytes) -> bytes:
-    """The bytes themselves, if they are a whole PNG or JPEG of a size that can be decoded without harm.
+    """The picture without its metadata, if it is a whole PNG or JPEG of a size that can be decoded without harm.
 
     Only the header is read before the size is known. A PNG is then checked by its checksums, a JPEG by decoding an
-    eighth of its resolution, since it has none.
+    eighth of its resolution, since it has none. Pixels are never encoded again.
 
     Raises:
         Unfit: another format, truncated, damaged, too large or too small.
@@ -233,15 +235,54 @@ def check_image(data: bytes) -> bytes:
                     raise Unfit(f"unfit picture: {width} × {height} pixels are too many")
                 if min(width, height) < MIN_IMAGE_EDGE:
                     raise Unfit(f"unfit picture: {width} × {height} pixels are too few")
-                if image.format == "JPEG":
+                kind, turned = image.format, image.getexif().get(_ORIENTATION, 1) if image.format == "JPEG" else 1
+                if kind == "JPEG":
                     image.draft("L", (width // 8, height // 8))
                     image.load()
                 else:
                     image.verify()
+        return _jpeg_alone(data, turned) if kind == "JPEG" else _png_alone(data)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Unfit("unfit picture: too many pixels") from None
     except Image.UnidentifiedImageError:
         raise Unfit("unfit picture: neither PNG nor JPEG") from None
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, struct.error):  # as Pillow meets damage
         raise Unfit("unfit picture: truncated or damaged") from None
-    return data
+
+
+def _png_alone(data: bytes) -> bytes:
+    """A PNG with the chunks that its pixels need: text, time and EXIF may name a patient."""
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        (size,) = struct.unpack_from(">I", data, at)
+        name, stop = data[at + 4 : at + 8], at + 12 + size
+        if name[:1].isupper() or name in _PNG_COLOUR:
+            kept.append(data[at:stop])
+        at = stop
+        if name == b"IEND":
+            break
+    whole = b"".join(kept)
+    return data if whole == data else whole
+
+
+def _jpeg_alone(data: bytes, turned: int) -> bytes:
+    """A JPEG without comments and application segments, apart from JFIF's, Adobe's (colours) and how to turn it."""
+    kept, at = [data[:2]], 2
+    if turned in range(2, 9):
+        exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHIHHI", 1, _ORIENTATION, 3, 1, turned, 0, 0)
+        kept.append(b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif)
+    while data[at : at + 1] == b"\xff":
+        marker = data[at + 1]
+        if marker in (0xFF, *range(0xD0, 0xD9)):  # filling, or a mark without content
+            kept.append(data[at : at + 1] if marker == 0xFF else data[at : at + 2])
+            at += 1 if marker == 0xFF else 2
+            continue
+        (size,) = struct.unpack_from(">H", data, at + 2)
+        stop = at + 2 + size
+        if marker == 0xDA:  # pixels from here on
+            break
+        if not ((0xE1 <= marker <= 0xEF and marker != 0xEE) or marker == 0xFE):
+            kept.append(data[at:stop])
+        at = stop
+    whole = b"".join([*kept, data[at:]])
+    return data if whole == data else whole

@@ -53,6 +53,14 @@ class PageConfig:
     speed_mm_s: float = _key(25.0, "paper speed", low=1)
     gain_mm_mV: float = _key(10.0, "height of a millivolt", low=0.1)
     grid: str = _key("pink", "grid colour", choices=("pink", "blue", "grey", "none"))
+    paper: str = _key("auto", "paper colour; auto: what goes with the grid", choices=("auto", "white", "cream", "grey"))
+    trace: str = _key("black", "colour of the trace", choices=("black", "blue", "red"))
+    line_width_mm: float = _key(0.3, "width of the trace (never under one pixel)", low=0.05)
+    lead_names: str = _key(
+        "plain",
+        "how leads are named: not at all, in grey, or on a patch without grid",
+        choices=("none", "plain", "boxed"),
+    )
     student_size: tuple[int, ...] | None = _key(None, "page size for the student [width, height]")
     teacher_size: tuple[int, ...] | None = _key(None, "page size for the teacher [width, height]")
 

@@ -14,8 +14,10 @@ import torch
 
 from evlecg.data.store import Prepared
 from evlecg.models.encode import Encoder, Turn
-from evlecg.page.layout import PageLayout
-from evlecg.page.render import PageStyle, render
+from evlecg.page.augment import Augmenter
+from evlecg.page.layout import PageLayout, batch_cells
+from evlecg.page.picture import picture_page
+from evlecg.page.render import Page, PageStyle, render
 from evlecg.schema import Batch, Sample, Side
 
 
@@ -48,6 +50,8 @@ class BatchBuilder:
         style: how pages look.
         student, teacher: the models' encoders; no teacher, no teacher's half.
         packed: all questions of a page in one row; otherwise one row a question.
+        augment: what disturbs the pages; None draws them clean.
+        epoch: the pass over the data that it is for: a page is disturbed anew in each.
     """
 
     prepared: Prepared
@@ -56,13 +60,18 @@ class BatchBuilder:
     student: Encoder
     teacher: Encoder | None
     packed: bool
+    augment: Augmenter | None = None
+    epoch: int = 0
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         chosen = [self.samples[int(index)] for index in indices]
         turns = [[Turn(question.text, question.answer) for question in sample.questions] for sample in chosen]
-        student, layout = self._side(self.student, chosen, turns)
-        teacher = self._side(self.teacher, chosen, turns)[0] if self.teacher is not None else None
-        _, lead_C, time_C2 = layout.cells()
+        student, layouts = self._side(self.student, chosen, turns, self.augment)
+        teacher = None
+        if self.teacher is not None:
+            seen = self.augment if self.augment is not None and self.augment.teacher else None
+            teacher = self._side(self.teacher, chosen, turns, seen)[0]
+        _, lead_C, time_C2 = batch_cells(layouts)
         return Batch(
             sample_ids=tuple(sample.record_id for sample in chosen),
             student=student,
@@ -72,18 +81,44 @@ class BatchBuilder:
         )
 
     def _side(
-        self, encoder: Encoder, chosen: Sequence[Sample], turns: Sequence[Sequence[Turn]]
-    ) -> tuple[Side, PageLayout]:
-        pages = [draw(self.prepared, sample.record_index, encoder.size_px, self.style) for sample in chosen]
-        pixels = [page.pixels for page in pages]
-        if self.packed:
-            return encoder.encode(pixels, turns, pages[0].layout), pages[0].layout
-        single = [(page, turn) for page, row in zip(pixels, turns, strict=True) for turn in row]
-        side = encoder.encode([page for page, _ in single], [[turn] for _, turn in single], pages[0].layout)
-        return side, pages[0].layout
+        self, encoder: Encoder, chosen: Sequence[Sample], turns: Sequence[Sequence[Turn]], augment: Augmenter | None
+    ) -> tuple[Side, list[PageLayout]]:
+        pages = [
+            draw(self.prepared, sample.record_index, encoder.size_px, self.style, augment=augment, epoch=self.epoch)
+            for sample in chosen
+        ]
+        if not self.packed:
+            repeated = [(page, [turn]) for page, row in zip(pages, turns, strict=True) for turn in row]
+            pages, turns = [page for page, _ in repeated], [row for _, row in repeated]
+        layouts = [page.layout for page in pages]
+        return encoder.encode([page.pixels for page in pages], turns, layouts), layouts
 
 
-def draw(prepared: Prepared, index: int, size_px: tuple[int, int], style: PageStyle):
-    """The page of one prepared record at one model's size."""
+def draw(
+    prepared: Prepared,
+    index: int,
+    size_px: tuple[int, int],
+    style: PageStyle,
+    *,
+    augment: Augmenter | None = None,
+    epoch: int = 0,
+) -> Page:
+    """The page of one prepared record at one model's size: drawn from its signal, or the picture that it is.
+
+    Args:
+        prepared: prepared folder.
+        index: the record's place in it.
+        size_px: width, height.
+        style: how pages look that are drawn.
+        augment: what disturbs signal and page; the same (seed, epoch, index) gives the same page.
+        epoch: which pass over the data.
+    """
     record = prepared.record(index)
-    return render(record.signal_mV, record.fs_hz, size_px=size_px, style=style)
+    if record.image:
+        page = picture_page(record.image, size_px=size_px, where=record.id)
+    else:
+        signal_mV, start_s = record.signal_mV, 0.0
+        if augment is not None:
+            signal_mV, start_s = augment.signal(signal_mV, record.fs_hz, epoch=epoch, index=index)
+        page = render(signal_mV, record.fs_hz, size_px=size_px, style=style, start_s=start_s)
+    return augment.page(page, epoch=epoch, index=index) if augment is not None else page

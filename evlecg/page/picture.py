@@ -17,7 +17,7 @@ from evlecg.page.layout import picture_layout
 from evlecg.page.render import Page
 
 MOST_PIXELS = 50_000_000  # of an encoded picture; a small file can claim any size
-FORMATS = ("PNG", "JPEG", "MPO")  # MPO: a JPEG with further pictures behind it, as some cameras write
+FORMATS = ("PNG", "JPEG")
 RIM = 0.02  # share of the picture at each edge that tells its paper's colour
 
 

@@ -66,11 +66,15 @@ class BatchBuilder:
     def __call__(self, indices: Sequence[int]) -> Batch:
         chosen = [self.samples[int(index)] for index in indices]
         turns = [[Turn(question.text, question.answer) for question in sample.questions] for sample in chosen]
-        student, layouts = self._side(self.student, chosen, turns, self.augment)
+        shared = self.augment is None or self.augment.teacher
+        sizes = [self.student.size_px] + ([self.teacher.size_px] if self.teacher is not None and shared else [])
+        drawn = [self._draw(sample, sizes, self.augment) for sample in chosen]
+        student, layouts = self._side(self.student, [pages[0] for pages in drawn], turns)
         teacher = None
         if self.teacher is not None:
-            seen = self.augment if self.augment is not None and self.augment.teacher else None
-            teacher = self._side(self.teacher, chosen, turns, seen)[0]
+            if not shared:
+                drawn = [self._draw(sample, [self.teacher.size_px], None) for sample in chosen]
+            teacher, _ = self._side(self.teacher, [pages[-1] for pages in drawn], turns)
         _, lead_C, time_C2 = batch_cells(layouts)
         return Batch(
             sample_ids=tuple(sample.record_id for sample in chosen),
@@ -80,13 +84,12 @@ class BatchBuilder:
             cell_time_C2=torch.from_numpy(time_C2),
         )
 
+    def _draw(self, sample: Sample, sizes_px: Sequence[tuple[int, int]], augment: Augmenter | None) -> list[Page]:
+        return draw_sizes(self.prepared, sample.record_index, sizes_px, self.style, augment=augment, epoch=self.epoch)
+
     def _side(
-        self, encoder: Encoder, chosen: Sequence[Sample], turns: Sequence[Sequence[Turn]], augment: Augmenter | None
+        self, encoder: Encoder, pages: list[Page], turns: Sequence[Sequence[Turn]]
     ) -> tuple[Side, list[PageLayout]]:
-        pages = [
-            draw(self.prepared, sample.record_index, encoder.size_px, self.style, augment=augment, epoch=self.epoch)
-            for sample in chosen
-        ]
         if not self.packed:
             repeated = [(page, [turn]) for page, row in zip(pages, turns, strict=True) for turn in row]
             pages, turns = [page for page, _ in repeated], [row for _, row in repeated]
@@ -113,12 +116,28 @@ def draw(
         augment: what disturbs signal and page; the same (seed, epoch, index) gives the same page.
         epoch: which pass over the data.
     """
+    return draw_sizes(prepared, index, [size_px], style, augment=augment, epoch=epoch)[0]
+
+
+def draw_sizes(
+    prepared: Prepared,
+    index: int,
+    sizes_px: Sequence[tuple[int, int]],
+    style: PageStyle,
+    *,
+    augment: Augmenter | None = None,
+    epoch: int = 0,
+) -> list[Page]:
+    """`draw` at several sizes: the record is read, and its signal disturbed, once."""
     record = prepared.record(index)
-    if record.image:
-        page = picture_page(record.image, size_px=size_px, where=record.id)
-    else:
-        signal_mV, start_s = record.signal_mV, 0.0
-        if augment is not None:
-            signal_mV, start_s = augment.signal(signal_mV, record.fs_hz, epoch=epoch, index=index)
-        page = render(signal_mV, record.fs_hz, size_px=size_px, style=style, start_s=start_s)
-    return augment.page(page, epoch=epoch, index=index) if augment is not None else page
+    signal_mV, start_s = record.signal_mV, 0.0
+    if augment is not None and not record.image:
+        signal_mV, start_s = augment.signal(signal_mV, record.fs_hz, epoch=epoch, index=index)
+    pages = []
+    for size_px in sizes_px:
+        if record.image:
+            page = picture_page(record.image, size_px=size_px, where=record.id)
+        else:
+            page = render(signal_mV, record.fs_hz, size_px=size_px, style=style, start_s=start_s)
+        pages.append(page if augment is None else augment.page(page, epoch=epoch, index=index))
+    return pages

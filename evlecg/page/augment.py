@@ -22,6 +22,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import scipy.fft
 
 from evlecg.errors import EvlecgError
 from evlecg.page.render import PAGE_S, Page
@@ -254,10 +255,10 @@ def _muscle(rng: np.random.Generator, n: int, fs_hz: float, rms_mV: float) -> np
     hz_F = np.fft.rfftfreq(n, 1 / fs_hz)
     high_hz = min(MUSCLE_HZ[1], NYQUIST_SHARE * fs_hz)
     band_F = (hz_F >= MUSCLE_HZ[0]) & (hz_F <= high_hz)
-    spectrum_EF = np.zeros((len(ELECTRODES), len(hz_F)), np.complex128)
-    parts = rng.standard_normal((2, len(ELECTRODES), int(band_F.sum())))
-    spectrum_EF[:, band_F] = parts[0] + 1j * parts[1]
-    noise_ET = np.fft.irfft(spectrum_EF, n, axis=1).astype(np.float32)
+    spectrum_EF = np.zeros((len(ELECTRODES), len(hz_F)), np.complex64)
+    parts = rng.standard_normal((len(ELECTRODES), int(band_F.sum()), 2), dtype=np.float32)
+    spectrum_EF[:, band_F] = parts.view(np.complex64)[..., 0]
+    noise_ET = np.asarray(scipy.fft.irfft(spectrum_EF, n, axis=1))
     time_T = np.arange(n, dtype=np.float32) / np.float32(fs_hz)
     swell_T = 0.6 + 0.4 * np.sin(2 * math.pi * (rng.uniform(0.1, 0.5) * time_T + rng.random()), dtype=np.float32)
     return _to_leads_level(noise_ET * swell_T, rms_mV, lambda x: np.sqrt(np.mean(np.square(x))))
@@ -324,12 +325,14 @@ def _crease(pixels_HW3: np.ndarray, rng: np.random.Generator, most: float, px_pe
     light_HW = np.ones((len(y_mm_H), len(x_mm_W)), np.float32)
     for _ in range(math.ceil(most)):
         angle = rng.choice([0.0, 0.5, rng.random()]) * math.pi + rng.normal(0, 0.05)  # mostly along an edge
-        at_mm = rng.uniform(0.1, 0.9, 2) * (x_mm_W[-1], y_mm_H[-1])
+        at_mm = (rng.uniform(0.1, 0.9, 2) * (x_mm_W[-1], y_mm_H[-1])).astype(np.float32)
         depth, width_mm = rng.uniform(0.15, 0.4), rng.uniform(0.3, 0.7)
-        normal = np.array([-math.sin(angle), math.cos(angle)], np.float32)
-        off_mm_HW = (x_mm_W - at_mm[0])[None, :] * normal[0] + ((y_mm_H - at_mm[1]) * normal[1])[:, None]
-        slope_HW = np.where(off_mm_HW > 0, 0.4 * np.exp(-np.abs(off_mm_HW) / 5), 0)
-        light_HW *= 1 - depth * np.maximum(np.exp(-np.square(off_mm_HW / width_mm)), slope_HW)
+        x_off_W, y_off_H = -math.sin(angle) * (x_mm_W - at_mm[0]), math.cos(angle) * (y_mm_H - at_mm[1])
+        off_mm_HW = x_off_W[None, :] + y_off_H[:, None]
+        dark_HW = np.maximum(
+            np.exp(-np.square(off_mm_HW / width_mm)), 0.4 * (off_mm_HW > 0) * np.exp(-np.abs(off_mm_HW) / 5)
+        )
+        light_HW *= 1 - depth * dark_HW
     return _lit(pixels_HW3, light_HW)
 
 

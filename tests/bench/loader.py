@@ -21,7 +21,7 @@ from evlecg.data.store import Prepared
 from evlecg.data.tasks import label_samples
 from evlecg.losses.objective import METHODS
 from evlecg.models import load as models
-from evlecg.models.batch import BatchBuilder, draw
+from evlecg.models.batch import BatchBuilder, draw_sizes
 from evlecg.models.encode import Encoder
 from evlecg.models.outputs import forward
 from evlecg.page.augment import augmenter
@@ -64,10 +64,9 @@ def main() -> None:
             return range(start, start + given.batch)
 
         def pages(number: int, sides: list[Encoder]) -> None:
-            for encoder in sides:
-                for index in indices(number):
-                    place = samples[index].record_index
-                    draw(prepared, place, encoder.size_px, style, augment=augment, epoch=number)
+            sizes = [encoder.size_px for encoder in sides]
+            for index in indices(number):
+                draw_sizes(prepared, samples[index].record_index, sizes, style, augment=augment, epoch=number)
 
         objective = METHODS["ce"](ObjectiveConfig(), student_width=student.checkpoint.width, teacher_width=None)
         optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-4)

@@ -20,6 +20,7 @@ from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import new_folder, write_text_atomic
 from evlecg.models import load as models
 from evlecg.models.trained import TrainedWith
+from evlecg.page.augment import augmenter
 from evlecg.page.render import page_style
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
@@ -140,6 +141,12 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
         torch.set_num_threads(recipe.threads)
     train = recipe.train
     method = METHODS[recipe.effective_method]
+    augment = augmenter(recipe.augment, seed=recipe.seed)
+    if augment is not None and augment.teacher and recipe.needs_teacher and train.remember_teacher:
+        hint = "set augment.teacher=false or train.remember_teacher=false"
+        raise EvlecgError(
+            "a teacher that is remembered must see the same pages in every epoch", where="augment", hint=hint
+        )
     student_checkpoint = models.inspect(recipe.student)
     teacher_checkpoint = models.inspect(recipe.teacher) if recipe.needs_teacher else None
 
@@ -159,7 +166,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
 
     unpacked = BatchBuilder(prepared, samples, style, student_encoder, teacher_encoder, packed=False)
     packed, checks = startup_checks(recipe, unpacked, student, teacher, progress)
-    builder = dataclasses.replace(unpacked, packed=packed)
+    builder = dataclasses.replace(unpacked, packed=packed, augment=augment)
 
     objective = method(
         recipe.objective,
@@ -216,7 +223,7 @@ def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[st
                 len(job.builder.samples), recipe.train.batch_size, seed=recipe.seed, epoch=state.epoch,
                 process=accelerator.process_index, processes=accelerator.num_processes,
             )  # fmt: skip
-            for group in _grouped(_loader(job, batches[state.batch :]), recipe.train.accumulation):
+            for group in _grouped(_loader(job, batches[state.batch :], state.epoch), recipe.train.accumulation):
                 wants_row = state.step == first_step or (state.step + 1) % recipe.log.every == 0
                 wants_gradients = recipe.log.gradients_every > 0 and state.step % recipe.log.gradients_every == 0
                 told = _step(job, group, state, diagnose=wants_row, gradients=wants_gradients)
@@ -331,12 +338,13 @@ def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _loader(job: _Job, batches: list[Any]) -> Iterator[Any]:
+def _loader(job: _Job, batches: list[Any], epoch: int) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
     workers = job.recipe.train.workers
     places = range(len(job.builder.samples))
-    return iter(DataLoader(places, batch_sampler=batches, collate_fn=job.builder, num_workers=workers))  # type: ignore[arg-type]
+    builder = dataclasses.replace(job.builder, epoch=epoch)
+    return iter(DataLoader(places, batch_sampler=batches, collate_fn=builder, num_workers=workers))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -63,8 +63,47 @@ class PageConfig:
     speed_mm_s: float = _key(25.0, "paper speed", low=1)
     gain_mm_mV: float = _key(10.0, "height of a millivolt", low=0.1)
     grid: str = _key("pink", "grid colour", choices=("pink", "blue", "grey", "none"))
+    paper: str = _key("auto", "paper colour; auto: what goes with the grid", choices=("auto", "white", "cream", "grey"))
+    trace: str = _key("black", "colour of the trace", choices=("black", "blue", "red"))
+    line_width_mm: float = _key(0.3, "width of the trace (never under one pixel)", low=0.05)
+    lead_names: str = _key(
+        "plain",
+        "how leads are named: not at all, in grey, or on a patch without grid",
+        choices=("none", "plain", "boxed"),
+    )
     student_size: tuple[int, ...] | None = _key(None, "page size for the student [width, height]")
     teacher_size: tuple[int, ...] | None = _key(None, "page size for the teacher [width, height]")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What disturbs training signals and pages. Keys are the most that can happen; null: what the level says.
+
+    Every page draws its own amounts, between nothing and the most; a page without a disturbance is drawn as it is.
+    """
+
+    level: str = _key("none", "where the keys start from", choices=("none", "light", "photo"))
+    share: float = _key(0.5, "share of the pages on which a disturbance appears, each by itself", low=0)
+    teacher: bool = _key(True, "the teacher sees the same disturbed page; false: the clean one")
+    wander_mV: float | None = _key(None, "baseline wander (0.05-0.5 Hz), largest excursion", low=0)
+    mains_mV: float | None = _key(None, "mains hum (50 or 60 Hz), amplitude", low=0)
+    muscle_mV: float | None = _key(None, "muscle noise, root mean square", low=0)
+    scale: float | None = _key(None, "relative change of all amplitudes", low=0)
+    start_s: float | None = _key(None, "latest second with which the page begins", low=0)
+    flat_leads: int | None = _key(None, "leads that read nothing", low=0)
+    swap: float | None = _key(None, "share of pages with two exchanged electrodes (changes what labels mean)", low=0)
+    rotate_deg: float | None = _key(None, "rotation", low=0)
+    shift: float | None = _key(None, "shift, as a share of the page; what leaves the page is cropped", low=0)
+    zoom: float | None = _key(None, "relative change of the paper's size on the page", low=0)
+    perspective: float | None = _key(None, "how far corners move, as a share of the page", low=0)
+    creases: int | None = _key(None, "folds across the paper", low=0)
+    tint: float | None = _key(None, "discolouration of the paper, in shares of white", low=0)
+    shadow: float | None = _key(None, "darkening by shadows and uneven light, in shares of white", low=0)
+    brightness: float | None = _key(None, "change of brightness, in shares of white", low=0)
+    contrast: float | None = _key(None, "relative change of contrast", low=0)
+    blur_mm: float | None = _key(None, "blur, standard deviation on the paper", low=0)
+    noise: float | None = _key(None, "noise of print and sensor, standard deviation in shares of white", low=0)
+    jpeg: int | None = _key(None, "loss of JPEG quality (60: down to quality 40)", low=0)
 
 
 @dataclass(frozen=True)
@@ -193,6 +232,7 @@ class Recipe:
     threads: int | None = _key(None, "torch threads; null: leave as they are", low=1)
     data: DataConfig = _section(DataConfig)
     page: PageConfig = _section(PageConfig)
+    augment: AugmentConfig = _section(AugmentConfig)
     train: TrainConfig = _section(TrainConfig)
     objective: ObjectiveConfig = _section(ObjectiveConfig)
     log: LogConfig = _section(LogConfig)

@@ -123,9 +123,11 @@ class Side:
         byte_end_BS: int, how many bytes of the answer's text a position has read: 0 before the answer.
         answer_A2: int, (row, position) of every answer token, end-of-turn marks included, in reading order.
         visual_BS: bool, True on image placeholders.
-        visual_box_BN4: page box x0, y0, x1, y1 in [0,1] of every visual token (0 0 0 0 where it sees padding).
-        visual_mask_BN: bool, False for padding and for tokens that see no part of the page.
-        cell_box_BC4: page box of every lead x time cell; the same cell has the same index on both sides.
+        visual_box_BN4: box x0, y0, x1, y1 in [0,1] of every visual token (0 0 0 0 where it sees padding), on the
+            paper: where a page was turned or shifted, that is undone.
+        visual_mask_BN: bool, False for padding and for tokens that see no part of the paper.
+        cell_box_BC4: box of every lead x time cell on the paper; the same cell has the same index on both sides, and
+            zeros on pages that do not have it.
     """
 
     inputs: dict[str, Tensor]
@@ -143,7 +145,8 @@ class Side:
 class Batch:
     """What one step reads: the same records and questions as the student and as the teacher see them.
 
-    `cell_lead_C` (int, index into `LEADS`) and `cell_time_C2` (seconds) name the cells of `Side.cell_box_BC4`.
+    `cell_lead_C` (int, index into `LEADS`, -1 where unknown) and `cell_time_C2` (seconds, NaN where unknown) name the
+    cells of `Side.cell_box_BC4`.
     `teacher` is None when the run has no teacher.
     """
 

@@ -96,9 +96,9 @@ def test_training_learns_what_a_page_shows(checkpoints, synthetic, tmp_path):
     assert np.mean(losses[-3:]) < 0.1 * losses[0]
 
 
-@pytest.mark.parametrize("stop_at", [2, 4])  # within the first epoch, and within the second
-def test_a_resumed_run_is_the_uninterrupted_one(checkpoints, synthetic, tmp_path, stop_at):
-    chosen = recipe(checkpoints, *ALL_TERMS, "checkpoint.every=1", "checkpoint.keep_last=9")
+@pytest.mark.parametrize(("stop_at", "level"), [(2, "none"), (4, "none"), (4, "photo")])  # in either epoch
+def test_a_resumed_run_is_the_uninterrupted_one(checkpoints, synthetic, tmp_path, stop_at, level):
+    chosen = recipe(checkpoints, *ALL_TERMS, "checkpoint.every=1", "checkpoint.keep_last=9", f"augment.level={level}")
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     distill(chosen, data=synthetic, out=whole)
     shutil.copytree(whole, halved)
@@ -144,6 +144,7 @@ def test_frozen_vision_towers_stay(checkpoints, synthetic, tmp_path):
         (["data.question=Is it normal?"], "no place for the label"),
         (["page.student_size=[10]"], "page size"),
         (["train.packing=always", "student=QWEN"], "cannot pack"),
+        (["augment.level=light", "train.remember_teacher=true"], "same pages in every epoch"),
     ],
 )
 def test_bad_input_leaves_nothing(checkpoints, synthetic, tmp_path, sets, said):

@@ -11,12 +11,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.spatial import cKDTree
 
 from evlecg.errors import EvlecgError
-from evlecg.page.layout import LAYOUTS, PULSE_S
-from evlecg.page.render import PageStyle, _pen_px, page_style, render
+from evlecg.page.layout import BASELINE, LAYOUTS, PULSE_S
+from evlecg.page.render import TEXT_RGB, TRACE_RGB, PageStyle, _pen_px, page_style, render
 from evlecg.recipe import PageConfig
 
 FS_HZ = 250.0
-BARE = PageStyle(grid="none", lead_names=False)
+BARE = PageStyle(grid="none", lead_names="none")
 
 
 def _flat(seconds: float = 10.0) -> np.ndarray:
@@ -35,16 +35,29 @@ def _wavy(seed: int = 0, seconds: float = 10.0) -> np.ndarray:
     return (np.cumsum(steps, axis=1) * 0.3 + 5 * steps).clip(-1, 1).astype(np.float32)
 
 
-@pytest.mark.parametrize("size_px", [(168, 168), (700, 541)])
+SCALES = {  # page size, speed, gain
+    "vision tower": ((168, 168), 25.0, 10.0),
+    "landscape": ((420, 325), 25.0, 10.0),
+    "upright": ((311, 640), 50.0, 5.0),
+    "tiny": ((97, 64), 25.0, 10.0),
+    "strip": ((901, 200), 12.5, 20.0),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_an_impulse_lies_in_its_box_at_its_time(name: str, size_px: tuple[int, int]) -> None:
-    style = PageStyle(layout=name)
+def test_an_impulse_lies_in_its_box_at_its_time(name: str, scale: str) -> None:
+    size_px, speed_mm_s, gain_mm_mV = SCALES[scale]
+    style = PageStyle(layout=name, speed_mm_s=speed_mm_s, gain_mm_mV=gain_mm_mV)
     empty = render(_flat(), FS_HZ, size_px=size_px, style=style)
     layout = empty.layout
-    slack_s = (_pen_px(layout, style) / 2 + 1.0) / layout.px_per_s + 1 / FS_HZ
+    pen_px = _pen_px(layout, style)
+    slack_s = (pen_px / 2 + 1.0) / layout.px_per_s + 1 / FS_HZ
+    row_px = (layout.row_tops_y[1] - layout.row_tops_y[0]) * size_px[1]
+    wave_mV = min(0.6, (BASELINE * row_px - pen_px - 1.5) / layout.px_per_mV)  # as high as its row allows
     for lead in range(12):
         for at_s in (0.6, 3.2, 6.8, 9.4):
-            page = render(_impulse(lead, at_s, 0.6), FS_HZ, size_px=size_px, style=style)
+            page = render(_impulse(lead, at_s, wave_mV), FS_HZ, size_px=size_px, style=style)
             y_N, x_N = np.nonzero((page.pixels != empty.pixels).any(axis=2))
             shown = [p for p in layout.panels if p.lead == lead and p.window_s[0] <= at_s < p.window_s[1]]
             assert (len(x_N) > 0) == bool(shown)
@@ -54,8 +67,45 @@ def test_an_impulse_lies_in_its_box_at_its_time(name: str, size_px: tuple[int, i
             assert_allclose(time_s_N, at_s, atol=slack_s)
             for panel in shown:
                 inside_N = (points_N2[:, 1] >= panel.box[1]) & (points_N2[:, 1] < panel.box[3])
-                top_px = panel.baseline_y * size_px[1] - 0.6 * layout.px_per_mV
-                assert_allclose(y_N[inside_N].min(), top_px, atol=_pen_px(layout, style) / 2 + 1.5)
+                top_px = panel.baseline_y * size_px[1] - wave_mV * layout.px_per_mV
+                assert_allclose(y_N[inside_N].min(), top_px, atol=pen_px / 2 + 1.5)
+
+
+@pytest.mark.parametrize("names", ["plain", "boxed"])
+@pytest.mark.parametrize("size_px", [(168, 168), (512, 512), (1100, 850)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_text_never_hides_the_trace(name: str, size_px: tuple[int, int], names: str) -> None:
+    signal_mV = _flat()
+    signal_mV += 1.4 * np.sign(np.sin(2 * np.pi * 3.1 * np.arange(2500) / FS_HZ))  # runs through every name
+    bare, named = (
+        render(signal_mV, FS_HZ, size_px=size_px, style=PageStyle(layout=name, lead_names=how)).pixels.astype(int)
+        for how in ("none", names)
+    )
+    ink = (bare == TRACE_RGB["black"]).all(axis=2)
+    assert ink.sum() > 100
+    assert_array_equal(named[ink], bare[ink])
+    touched = (named != bare).any(axis=2)
+    assert named[touched].max(axis=1).min() > TRACE_RGB["black"][0] if touched.any() else size_px[0] < 512
+    assert min(TEXT_RGB) - max(TRACE_RGB["black"]) > 60
+
+
+@pytest.mark.parametrize("size_px", [(33, 47), (47, 33), (101, 997), (1501, 133), (1600, 1200)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_can_be_drawn_at_any_size(name: str, size_px: tuple[int, int]) -> None:
+    pages = [render(s, FS_HZ, size_px=size_px, style=PageStyle(layout=name)) for s in (_wavy(), _flat())]
+    assert pages[0].pixels.shape == (size_px[1], size_px[0], 3)
+    for panel in pages[0].layout.panels:
+        x0, y0, x1, y1 = (np.array(panel.box) * [*size_px, *size_px]).round().astype(int)
+        inside = (slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1)))
+        assert (pages[0].pixels[inside] != pages[1].pixels[inside]).any()
+
+
+def test_colours_of_trace_and_paper() -> None:
+    for style in (PageStyle(grid="none", trace="blue", paper="cream"), PageStyle(grid="grey", trace="red")):
+        pixels = render(_flat(), FS_HZ, size_px=(560, 420), style=style).pixels
+        darkest = pixels.reshape(-1, 3)[pixels.sum(axis=2).argmin()]
+        assert_allclose(darkest, TRACE_RGB[style.trace], atol=2)
+        assert_array_equal(pixels[0, 1] if style.grid == "none" else style.paper_rgb, style.paper_rgb)
 
 
 def test_polarity_up_is_positive() -> None:
@@ -71,7 +121,7 @@ def test_polarity_up_is_positive() -> None:
 @pytest.mark.parametrize("size_px", [(224, 224), (420, 320)])
 def test_strokes_equal_a_naive_drawing(size_px: tuple[int, int]) -> None:
     """The naive twin: a point is ink where it is nearer to the densely sampled trace than the pen's radius."""
-    style = PageStyle(layout="12x1", grid="none", lead_names=False, line_width_mm=0.8)
+    style = PageStyle(layout="12x1", grid="none", lead_names="none", line_width_mm=0.8)
     signal_mV = _flat()
     signal_mV[5] = _wavy()[5] * 0.3
     page = render(signal_mV, FS_HZ, size_px=size_px, style=style)
@@ -104,7 +154,7 @@ def test_drawing_is_deterministic_and_leaves_the_cached_paper_alone() -> None:
 
 def test_a_short_record_leaves_blank_paper() -> None:
     size_px = (560, 420)
-    style = PageStyle(layout="12x1", grid="none", lead_names=False)
+    style = PageStyle(layout="12x1", grid="none", lead_names="none")
     page = render(_wavy(seconds=4.0), FS_HZ, size_px=size_px, style=style)
     x0, _, x1, _ = page.layout.panels[0].box
     end_px = (x0 + (x1 - x0) * 0.4) * size_px[0]
@@ -150,14 +200,16 @@ def test_grid_fades_and_names_go_on_small_pages() -> None:
 
     assert colours(96, PageStyle()) < colours(336, PageStyle())
     named = render(_flat(), FS_HZ, size_px=(1100, 850)).pixels
-    unnamed = render(_flat(), FS_HZ, size_px=(1100, 850), style=PageStyle(lead_names=False)).pixels
+    unnamed = render(_flat(), FS_HZ, size_px=(1100, 850), style=PageStyle(lead_names="none")).pixels
     assert (named != unnamed).any()
-    tiny = [render(_flat(), FS_HZ, size_px=(128, 128), style=PageStyle(lead_names=on)).pixels for on in (True, False)]
+    tiny = [
+        render(_flat(), FS_HZ, size_px=(128, 128), style=PageStyle(lead_names=how)).pixels for how in ("plain", "none")
+    ]
     assert_array_equal(tiny[0], tiny[1])
 
 
 def test_grid_lines_are_a_millimetre_apart() -> None:
-    page = render(_flat(), FS_HZ, size_px=(2200, 1700), style=PageStyle(lead_names=False))
+    page = render(_flat(), FS_HZ, size_px=(2200, 1700), style=PageStyle(lead_names="none"))
     row = page.pixels[4, :, 1].astype(int)  # above all traces
     lines = np.flatnonzero((row[1:-1] < row[:-2]) & (row[1:-1] <= row[2:])) + 1
     assert_allclose(np.diff(lines).mean(), page.layout.px_per_mm[0], rtol=0.01)
@@ -174,8 +226,12 @@ def test_real_records_render(shared_data: Path) -> None:
 
 
 def test_page_style_reads_the_recipe() -> None:
-    style = page_style(PageConfig(layout="6x2", speed_mm_s=50.0, gain_mm_mV=5.0, grid="blue"))
-    assert style == PageStyle(layout="6x2", speed_mm_s=50.0, gain_mm_mV=5.0, grid="blue")
+    keys = {
+        "layout": "6x2", "speed_mm_s": 50.0, "gain_mm_mV": 5.0, "grid": "blue", "paper": "cream", "trace": "red",
+        "line_width_mm": 0.5, "lead_names": "boxed",
+    }  # fmt: skip
+    assert page_style(PageConfig(**keys)) == PageStyle(**keys)
+    assert page_style(PageConfig()) == PageStyle()
 
 
 @pytest.mark.parametrize(
@@ -198,5 +254,7 @@ def test_bad_input_is_named(signal_mV: np.ndarray, fs_hz: float, options: dict, 
 def test_bad_styles_are_named() -> None:
     with pytest.raises(EvlecgError, match="'pink'"):
         PageStyle(grid="pinc")
+    with pytest.raises(EvlecgError, match="'boxed'"):
+        PageStyle(lead_names="boxd")
     with pytest.raises(EvlecgError, match="wide"):
         PageStyle(line_width_mm=0.0)

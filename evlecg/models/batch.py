@@ -14,8 +14,10 @@ import torch
 
 from evlecg.data.store import Prepared
 from evlecg.models.encode import Encoder, Turn
-from evlecg.page.layout import PageLayout
-from evlecg.page.render import PageStyle, render
+from evlecg.page.augment import Augmenter
+from evlecg.page.layout import PageLayout, batch_cells
+from evlecg.page.picture import picture_page
+from evlecg.page.render import Page, PageStyle, render
 from evlecg.schema import Batch, Sample, Side
 
 
@@ -48,6 +50,8 @@ class BatchBuilder:
         style: how pages look.
         student, teacher: the models' encoders; no teacher, no teacher's half.
         packed: all questions of a page in one row; otherwise one row a question.
+        augment: what disturbs the pages; None draws them clean.
+        epoch: the pass over the data that it is for: a page is disturbed anew in each.
     """
 
     prepared: Prepared
@@ -56,6 +60,8 @@ class BatchBuilder:
     student: Encoder
     teacher: Encoder | None
     packed: bool
+    augment: Augmenter | None = None
+    epoch: int = 0
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         chosen = [self.samples[int(index)] for index in indices]
@@ -63,9 +69,16 @@ class BatchBuilder:
             [Turn(question.text, question.answer, history=question.history) for question in sample.questions]
             for sample in chosen
         ]
-        student, layout = self._side(self.student, chosen, turns)
-        teacher = self._side(self.teacher, chosen, turns)[0] if self.teacher is not None else None
-        _, lead_C, time_C2 = layout.cells()
+        shared = self.augment is None or self.augment.teacher
+        sizes = [self.student.size_px] + ([self.teacher.size_px] if self.teacher is not None and shared else [])
+        drawn = [self._draw(sample, sizes, self.augment) for sample in chosen]
+        student, layouts = self._side(self.student, [pages[0] for pages in drawn], turns)
+        teacher = None
+        if self.teacher is not None:
+            if not shared:
+                drawn = [self._draw(sample, [self.teacher.size_px], None) for sample in chosen]
+            teacher, _ = self._side(self.teacher, [pages[-1] for pages in drawn], turns)
+        _, lead_C, time_C2 = batch_cells(layouts)
         return Batch(
             sample_ids=tuple(sample.record_id for sample in chosen),
             student=student,
@@ -74,19 +87,60 @@ class BatchBuilder:
             cell_time_C2=torch.from_numpy(time_C2),
         )
 
+    def _draw(self, sample: Sample, sizes_px: Sequence[tuple[int, int]], augment: Augmenter | None) -> list[Page]:
+        return draw_sizes(self.prepared, sample.record_index, sizes_px, self.style, augment=augment, epoch=self.epoch)
+
     def _side(
-        self, encoder: Encoder, chosen: Sequence[Sample], turns: Sequence[Sequence[Turn]]
-    ) -> tuple[Side, PageLayout]:
-        pages = [draw(self.prepared, sample.record_index, encoder.size_px, self.style) for sample in chosen]
-        pixels = [page.pixels for page in pages]
-        if self.packed:
-            return encoder.encode(pixels, turns, pages[0].layout), pages[0].layout
-        single = [(page, turn) for page, row in zip(pixels, turns, strict=True) for turn in row]
-        side = encoder.encode([page for page, _ in single], [[turn] for _, turn in single], pages[0].layout)
-        return side, pages[0].layout
+        self, encoder: Encoder, pages: list[Page], turns: Sequence[Sequence[Turn]]
+    ) -> tuple[Side, list[PageLayout]]:
+        if not self.packed:
+            repeated = [(page, [turn]) for page, row in zip(pages, turns, strict=True) for turn in row]
+            pages, turns = [page for page, _ in repeated], [row for _, row in repeated]
+        layouts = [page.layout for page in pages]
+        return encoder.encode([page.pixels for page in pages], turns, layouts), layouts
 
 
-def draw(prepared: Prepared, index: int, size_px: tuple[int, int], style: PageStyle):
-    """The page of one prepared record at one model's size."""
+def draw(
+    prepared: Prepared,
+    index: int,
+    size_px: tuple[int, int],
+    style: PageStyle,
+    *,
+    augment: Augmenter | None = None,
+    epoch: int = 0,
+) -> Page:
+    """The page of one prepared record at one model's size: drawn from its signal, or the picture that it is.
+
+    Args:
+        prepared: prepared folder.
+        index: the record's place in it.
+        size_px: width, height.
+        style: how pages look that are drawn.
+        augment: what disturbs signal and page; the same (seed, epoch, index) gives the same page.
+        epoch: which pass over the data.
+    """
+    return draw_sizes(prepared, index, [size_px], style, augment=augment, epoch=epoch)[0]
+
+
+def draw_sizes(
+    prepared: Prepared,
+    index: int,
+    sizes_px: Sequence[tuple[int, int]],
+    style: PageStyle,
+    *,
+    augment: Augmenter | None = None,
+    epoch: int = 0,
+) -> list[Page]:
+    """`draw` at several sizes: the record is read, and its signal disturbed, once."""
     record = prepared.record(index)
-    return render(record.signal_mV, record.fs_hz, size_px=size_px, style=style)
+    signal_mV, start_s = record.signal_mV, 0.0
+    if augment is not None and not record.image:
+        signal_mV, start_s = augment.signal(signal_mV, record.fs_hz, epoch=epoch, index=index)
+    pages = []
+    for size_px in sizes_px:
+        if record.image:
+            page = picture_page(record.image, size_px=size_px, where=record.id)
+        else:
+            page = render(signal_mV, record.fs_hz, size_px=size_px, style=style, start_s=start_s)
+        pages.append(page if augment is None else augment.page(page, epoch=epoch, index=index))
+    return pages

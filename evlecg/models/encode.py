@@ -23,7 +23,7 @@ from torch import Tensor
 
 from evlecg.errors import EvlecgError
 from evlecg.models.load import Checkpoint
-from evlecg.page.layout import PageLayout
+from evlecg.page.layout import PageLayout, batch_cells
 from evlecg.schema import Side
 
 REMEMBERED_TURNS = 20_000
@@ -107,13 +107,18 @@ class Encoder:
             full = full[: full.index(turn.answer, len(prompt)) + len(turn.answer)]
         return prompt, full
 
-    def encode(self, pages: Sequence[np.ndarray], turns: Sequence[Sequence[Turn]], layout: PageLayout) -> Side:
+    def encode(
+        self,
+        pages: Sequence[np.ndarray],
+        turns: Sequence[Sequence[Turn]],
+        layout: PageLayout | Sequence[PageLayout],
+    ) -> Side:
         """Builds the half of a batch.
 
         Args:
             pages: one uint8 [H,W,3] page a row, of `size_px`.
             turns: the questions of every row, at least one each.
-            layout: where leads and times lie on these pages.
+            layout: where leads and times lie on these pages: one layout a page, or one for all.
 
         Returns:
             A `Side` of B = len(pages) rows.
@@ -135,7 +140,7 @@ class Encoder:
         side = self._pad(built, list(per_token))
         taken = {"input_ids", "attention_mask", *per_token}
         inputs = {key: value for key, value in rows.items() if key not in taken} | side
-        return self._side(inputs, built, layout)
+        return self._side(inputs, built, [layout] * len(built) if isinstance(layout, PageLayout) else layout)
 
     def answer_ids(self, turn: Turn) -> tuple[int, ...]:
         """Ids of the answer's tokens, in their context."""
@@ -230,7 +235,7 @@ class Encoder:
         mask = torch.tensor([[1] * len(row["block"]) + [0] * (length - len(row["block"])) for row in built])
         return {"input_ids": ids, "attention_mask": mask} | {key: padded(key, 0) for key in extra}
 
-    def _side(self, inputs: dict[str, Any], built: list[dict[str, list[int]]], layout: PageLayout) -> Side:
+    def _side(self, inputs: dict[str, Any], built: list[dict[str, list[int]]], layouts: Sequence[PageLayout]) -> Side:
         length = inputs["input_ids"].shape[1]
 
         def padded(key: str, value: int) -> Tensor:
@@ -239,12 +244,11 @@ class Encoder:
         valid_BS = inputs["attention_mask"].bool()
         visual_BS = (inputs["input_ids"] == self.checkpoint.image_token_id) & valid_BS
         counts = visual_BS.sum(1).tolist()
-        boxes = [self.boxes(count) for count in counts]
+        boxes = [layout.to_paper(self.boxes(count)) for count, layout in zip(counts, layouts, strict=True)]
         box_BN4 = torch.zeros(len(built), max(counts), 4)
         for row, box_N4 in enumerate(boxes):
             box_BN4[row, : len(box_N4)] = torch.from_numpy(box_N4)
         mask_BN = (box_BN4[..., 2] > box_BN4[..., 0]) & (box_BN4[..., 3] > box_BN4[..., 1])
-        cell_box_C4 = torch.from_numpy(np.asarray(layout.cells()[0], dtype=np.float32))
         return Side(
             inputs=inputs,
             valid_BS=valid_BS,
@@ -254,7 +258,7 @@ class Encoder:
             visual_BS=visual_BS,
             visual_box_BN4=box_BN4,
             visual_mask_BN=mask_BN,
-            cell_box_BC4=cell_box_C4.expand(len(built), -1, -1),
+            cell_box_BC4=torch.from_numpy(batch_cells(layouts)[0]),
         )
 
     def boxes(self, n_tokens: int) -> np.ndarray:

@@ -32,8 +32,10 @@ PAGE_S = 10.0
 THINNEST_PX = 1.0  # a thinner trace turns to a grey haze
 OVERSHOOT_ROWS = 0.45  # how far a trace may leave its row; two rows away would be drawn over twice in one go
 SOFT_ROWS = 0.2  # the last part of the overshoot, into which everything higher is pressed
-INK_RGB = (16, 16, 24)
-PAPER_RGB = {"pink": (255, 249, 247), "blue": (249, 252, 255), "grey": (255, 255, 255), "none": (255, 255, 255)}
+TRACE_RGB = {"black": (16, 16, 24), "blue": (22, 30, 128), "red": (140, 14, 22)}
+TEXT_RGB = (108, 108, 114)  # grey, and under the trace: a wave that runs through a name stands out from it
+PAPER_RGB = {"white": (255, 255, 255), "cream": (252, 246, 232), "grey": (236, 236, 236)}
+GRID_PAPER_RGB = {"pink": (255, 249, 247), "blue": (249, 252, 255), "grey": (255, 255, 255), "none": (255, 255, 255)}
 GRID_RGB = {"pink": ((250, 205, 205), (238, 150, 150)), "blue": ((208, 225, 245), (150, 185, 225)),
             "grey": ((222, 222, 222), (175, 175, 175))}  # fmt: skip
 GRID_WIDTH_MM = (0.1, 0.2)  # 1 mm lines, 5 mm lines
@@ -43,7 +45,8 @@ GRID_GONE_PX, GRID_FULL_PX = (
 )  # line distance below which a grid is left out, above which it is at full strength
 NAME_MM, FOOTER_TEXT_MM = 3.2, 2.8  # height of capital letters
 SMALLEST_TEXT_PX = 6.0
-NAME_ROOM = 8.0  # a panel must be this many letter heights wide, else its name would hide its trace
+LEAD_NAMES = ("none", "plain", "boxed")
+NAME_ROOM = (8.0, 3.5)  # a panel must be this many letter heights wide and high, else names and traces are one tangle
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class PageStyle:
         speed_mm_s, gain_mm_mV: the paper's scale.
         grid: "pink", "blue", "grey" or "none".
         line_width_mm: pen of the trace (never thinner than `THINNEST_PX`).
-        lead_names: whether every panel is named (left out where the page is too small to read them).
+        lead_names: "none", "plain" or "boxed" (on a patch without grid); left out where the page is too small to read
+            them. They lie under the trace and are lighter than it, so they never hide it.
+        trace: a name of `TRACE_RGB`.
+        paper: a name of `PAPER_RGB`, or "auto": what goes with the grid.
     """
 
     layout: str = "3x4+1"
@@ -63,13 +69,25 @@ class PageStyle:
     gain_mm_mV: float = 10.0
     grid: str = "pink"
     line_width_mm: float = 0.3
-    lead_names: bool = True
+    lead_names: str = "plain"
+    trace: str = "black"
+    paper: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.grid not in PAPER_RGB:
-            raise EvlecgError(f"unknown grid colour {self.grid!r}", hint=nearest(self.grid, PAPER_RGB))
+        for what, value, known in (
+            ("grid colour", self.grid, GRID_PAPER_RGB),
+            ("way to name leads", self.lead_names, LEAD_NAMES),
+            ("trace colour", self.trace, TRACE_RGB),
+            ("paper", self.paper, ("auto", *PAPER_RGB)),
+        ):
+            if value not in known:
+                raise EvlecgError(f"unknown {what} {value!r}", hint=nearest(str(value), known))
         if not self.line_width_mm > 0:
             raise EvlecgError(f"a trace cannot be {self.line_width_mm} mm wide")
+
+    @property
+    def paper_rgb(self) -> tuple[int, int, int]:
+        return GRID_PAPER_RGB[self.grid] if self.paper == "auto" else PAPER_RGB[self.paper]
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,10 @@ class Page:
 
 def page_style(config: PageConfig) -> PageStyle:
     """The style that a recipe's `page` section asks for."""
-    return PageStyle(layout=config.layout, speed_mm_s=config.speed_mm_s, gain_mm_mV=config.gain_mm_mV, grid=config.grid)
+    return PageStyle(
+        layout=config.layout, speed_mm_s=config.speed_mm_s, gain_mm_mV=config.gain_mm_mV, grid=config.grid,
+        line_width_mm=config.line_width_mm, lead_names=config.lead_names, trace=config.trace, paper=config.paper,
+    )  # fmt: skip
 
 
 def render(
@@ -128,7 +149,7 @@ def render(
     plan = _plan(size_px, style, float(fs_hz), shown_mV_LT.shape[1])
     top_J, bottom_J = _pen(_trace(shown_mV_LT, plan), plan)
     for group in plan.groups:
-        _ink(pixels_HW3, plan.column_K[group], top_J, bottom_J, group)
+        _ink(pixels_HW3, TRACE_RGB[style.trace], plan.column_K[group], top_J, bottom_J, group)
     return Page(pixels_HW3, layout)
 
 
@@ -271,7 +292,10 @@ def _pen(trace: tuple[np.ndarray, np.ndarray], plan: _Plan) -> tuple[np.ndarray,
     return rim_top_J, rim_bottom_J
 
 
-def _ink(pixels_HW3: np.ndarray, column_K: np.ndarray, top_J: np.ndarray, bottom_J: np.ndarray, group: slice) -> None:
+def _ink(
+    pixels_HW3: np.ndarray, rgb: tuple[int, int, int], column_K: np.ndarray, top_J: np.ndarray, bottom_J: np.ndarray,
+    group: slice,
+) -> None:  # fmt: skip
     """Blends ink into every pixel, by the share of it that the strokes cover. In place."""
     height_px, width_px, _ = pixels_HW3.shape
     subcolumns = slice(group.start * SUBCOLUMNS, group.stop * SUBCOLUMNS)
@@ -295,7 +319,7 @@ def _ink(pixels_HW3: np.ndarray, column_K: np.ndarray, top_J: np.ndarray, bottom
     pixel_E = y_E * width_px + column_K[source_E]
     alpha_E1 = np.rint(cover_E * (256 / SUBCOLUMNS)).astype(np.int32)[:, None]
     paper_E3 = flat_P3[pixel_E].astype(np.int32)
-    paper_E3 += ((np.array(INK_RGB, np.int32) - paper_E3) * alpha_E1 + 128) >> 8
+    paper_E3 += ((np.array(rgb, np.int32) - paper_E3) * alpha_E1 + 128) >> 8
     flat_P3[pixel_E] = paper_E3.astype(np.uint8)
 
 
@@ -305,7 +329,7 @@ def _background(size_px: tuple[int, int], style: PageStyle) -> np.ndarray:
     layout = _layout(size_px, style)
     width_px, height_px = size_px
     page_HW3 = np.empty((height_px, width_px, 3), np.float32)
-    page_HW3[:] = PAPER_RGB[style.grid]
+    page_HW3[:] = style.paper_rgb
     if style.grid != "none":
         origin_px = (layout.start_x * width_px, layout.panels[0].baseline_y * height_px)
         for step_mm, width_mm, rgb in zip((1.0, 5.0), GRID_WIDTH_MM, GRID_RGB[style.grid], strict=True):
@@ -357,7 +381,7 @@ def _pulses(pixels_HW3: np.ndarray, layout: PageLayout, style: PageStyle) -> Non
         top_J = np.where(in_pulse_J, high_px, base_px) - radius_px
         bottom_J = np.where(on_top_J, high_px, base_px) + radius_px
         top_J[~on_paper_J], bottom_J[~on_paper_J] = np.inf, -np.inf
-        _ink(pixels_HW3, column_K, top_J, bottom_J, slice(0, len(column_K)))
+        _ink(pixels_HW3, TRACE_RGB[style.trace], column_K, top_J, bottom_J, slice(0, len(column_K)))
 
 
 def _write(pixels_HW3: np.ndarray, layout: PageLayout, style: PageStyle) -> None:
@@ -366,10 +390,13 @@ def _write(pixels_HW3: np.ndarray, layout: PageLayout, style: PageStyle) -> None
     px_per_mm = min(layout.px_per_mm)
     name_px = max(NAME_MM * px_per_mm, SMALLEST_TEXT_PX)
     narrowest_px = min(panel.box[2] - panel.box[0] for panel in layout.panels) * width_px
-    if style.lead_names and narrowest_px >= NAME_ROOM * name_px:
+    row_px = (layout.row_tops_y[1] - layout.row_tops_y[0]) * height_px
+    has_room = narrowest_px >= NAME_ROOM[0] * name_px and row_px >= NAME_ROOM[1] * name_px
+    if style.lead_names != "none" and has_room:
         for panel in layout.panels:
             left_px, top_px = panel.box[0] * width_px + px_per_mm, panel.box[1] * height_px + px_per_mm
-            _text(pixels_HW3, LEADS[panel.lead], left_px, top_px + name_px, name_px)
+            box = style.paper_rgb if style.lead_names == "boxed" else None
+            _text(pixels_HW3, LEADS[panel.lead], left_px, top_px + name_px, name_px, box_rgb=box)
     footer_px = FOOTER_TEXT_MM * px_per_mm
     footer_room_px = (1.0 - layout.row_tops_y[-1]) * height_px
     if footer_px >= SMALLEST_TEXT_PX and footer_room_px >= 2 * footer_px:
@@ -378,8 +405,16 @@ def _write(pixels_HW3: np.ndarray, layout: PageLayout, style: PageStyle) -> None
         _text(pixels_HW3, words, left_px, layout.row_tops_y[-1] * height_px + 1.6 * footer_px, footer_px)
 
 
-def _text(pixels_HW3: np.ndarray, words: str, left_px: float, base_px: float, capital_px: float) -> None:
+def _text(
+    pixels_HW3: np.ndarray, words: str, left_px: float, base_px: float, capital_px: float, *,
+    box_rgb: tuple[int, int, int] | None = None,
+) -> None:  # fmt: skip
     font = cv2.FONT_HERSHEY_SIMPLEX
     thickness = max(1, round(capital_px / 9))
     scale = cv2.getFontScaleFromHeight(font, max(1, round(capital_px)), thickness)
-    cv2.putText(pixels_HW3, words, (round(left_px), round(base_px)), font, scale, INK_RGB, thickness, cv2.LINE_AA)
+    left, base = round(left_px), round(base_px)
+    if box_rgb is not None:
+        (width, height), _ = cv2.getTextSize(words, font, scale, thickness)
+        pad = max(1, round(capital_px / 5))
+        pixels_HW3[max(base - height - pad, 0) : base + pad + 1, max(left - pad, 0) : left + width + pad] = box_rgb
+    cv2.putText(pixels_HW3, words, (left, base), font, scale, TEXT_RGB, thickness, cv2.LINE_AA)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 import shutil
@@ -9,12 +11,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from evlecg.data.synthetic import generate
+from evlecg.data.writer import write_prepared
 from evlecg.distill import _grouped, distill
 from evlecg.errors import EvlecgError
 from evlecg.models.batch import epoch_batches, epoch_order
+from evlecg.page.render import render
 from evlecg.recipe import load_recipe, parse_set
+from evlecg.schema import Question
 
 LABELS = "data.labels=[NORM, MI]"
 
@@ -165,3 +172,27 @@ def test_a_run_folder_is_not_overwritten_by_accident(checkpoints, synthetic, tmp
     with pytest.raises(EvlecgError, match="no run to resume"):
         distill(recipe(checkpoints), data=synthetic, out=tmp_path / "none", resume=True)
     assert (run / "precious.txt").read_text() == "x"
+
+
+def test_pictures_dialogues_and_reports_train(checkpoints, tmp_path):
+    """A folder of signals and pictures, with labels, dialogues of several turns and reports, in one batch."""
+    records = list(generate({"train": 6}))
+    asked = (
+        Question("Which rhythm?", "sinus", kind="dialogue"),
+        Question("And why?", "P waves", kind="dialogue", history=(("Which rhythm?", "sinus"),)),
+    )
+    for place in (1, 4):
+        file = io.BytesIO()
+        page = render(records[place].signal_mV, records[place].fs_hz, size_px=(220, 170))
+        Image.fromarray(page.pixels).save(file, "PNG")
+        records[place] = dataclasses.replace(
+            records[place], signal_mV=np.zeros((12, 0), np.float32), fs_hz=0.0, image=file.getvalue(), labels={},
+            questions=asked,
+        )  # fmt: skip
+    about = {"dataset": "mixed", "title": "mixed", "licence": "", "citation": ""}
+    write_prepared(tmp_path / "data", records, descriptions=dict.fromkeys(records[0].labels, "it"), about=about)
+    tasks = "data.tasks=[yes_no, choose_all, multiple_choice, report, dialogue]"
+    chosen = recipe(checkpoints, *ALL_TERMS, tasks, "train.batch_size=6", "train.max_steps=2", "data.wording=varied")
+    result = distill(chosen, data=tmp_path / "data", out=tmp_path / "run")
+    assert result.n_train == 6 and result.steps == 2
+    assert all(math.isfinite(value) for row in rows(tmp_path / "run") for value in row["terms"].values())

@@ -170,8 +170,8 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
 
     objective = method(
         recipe.objective,
-        student_width=student.checkpoint.width,
-        teacher_width=teacher.checkpoint.width if teacher is not None else None,
+        student=student.facts,
+        teacher=teacher.facts if teacher is not None else None,
     )
     needs = objective.needs
     groups = [
@@ -260,7 +260,7 @@ def _step(job: _Job, group: list[Any], state: _Position, *, diagnose: bool, grad
     """One optimizer step over a group of batches; what to log of its last batch, or None where a loss is not finite."""
     import torch
 
-    from evlecg.models.outputs import forward, to_device
+    from evlecg.models.outputs import AnswerHead, forward, to_device
 
     recipe, accelerator = job.recipe, job.accelerator
     told: dict[str, Any] = {}
@@ -270,14 +270,13 @@ def _step(job: _Job, group: list[Any], state: _Position, *, diagnose: bool, grad
         with contextlib.nullcontext() if last else accelerator.no_sync(job.model):
             with accelerator.autocast():
                 outputs = forward(
-                    job.model, batch.student, predict_A2=batch.student.answer_A2,
-                    visual_layer=recipe.objective.visual_layer, forward_keys=job.student.forward_keys,
-                )  # fmt: skip
+                    job.student, batch.student, visual_layer=recipe.objective.visual_layer, model=job.model
+                )
             terms = job.objective(
                 outputs,
                 job.signal(batch) if job.signal is not None else None,
                 batch,
-                output_head=job.student.model.get_output_embeddings(),
+                output_head=AnswerHead(job.student),
                 ramp=_ramp(recipe.objective.warmup, state.step, job.total_steps),
                 diagnose=diagnose and last,
             )

@@ -109,7 +109,7 @@ def _reloaded_difference(folder: Path, original: models.Loaded, trained: Trained
     for candidate, its_processor in ((original.model, original.processor), (model, processor)):
         encoder = Encoder(original.checkpoint, its_processor, size_px=size)
         drawn = render(record.signal_mV, record.fs_hz, size_px=encoder.size_px, style=page_style(page))
-        side = encoder.encode([drawn.pixels], [[Turn(question, "yes")]], drawn.layout)
+        side = encoder.encode([drawn], [[Turn(question, "yes")]])
         with torch.no_grad():
             logits.append(candidate.eval()(**side.inputs).logits.float())
     return float((logits[0] - logits[1]).abs().max())

@@ -113,16 +113,20 @@ class Sample:
 class Side:
     """One model's half of a batch.
 
-    `inputs` goes to the model unchanged; the rest says what its positions mean. A row holds one image and one or
-    several questions about it (`block` 1, 2, ... after the shared prefix 0), which do not see one another.
+    `inputs` goes to the model unchanged; the rest says what the positions of `Outputs.hidden_BSD` mean. A row holds one
+    page and one or several questions about it (`block` 1, 2, ... after the shared prefix 0), which do not see one
+    another. Where a family keeps its image out of the text (cross-attention, encoder and decoder), and where a model
+    has no text at all (classifiers), positions are laid out as if it did: visual tokens first, then every question.
 
     Attributes:
-        inputs: whatever the processor returned, padded on the right (`input_ids` [B,S], pixels, grids, ...).
+        inputs: the model's keyword arguments, whatever the processor returned, padded on the right.
         valid_BS: bool, False on padding.
         block_BS: int, 0 for the shared prefix (system text and image), k for the k-th question, -1 for padding.
         byte_end_BS: int, how many bytes of the answer's text a position has read: 0 before the answer.
-        answer_A2: int, (row, position) of every answer token, end-of-turn marks included, in reading order.
-        visual_BS: bool, True on image placeholders.
+        answer_A2: int, (row, position) of every answer token, end-of-turn marks included, in reading order; the state
+            one position before it predicts it.
+        answer_ids_A: int, the ids of those tokens.
+        visual_BS: bool, True where a visual token stands.
         visual_box_BN4: box x0, y0, x1, y1 in [0,1] of every visual token (0 0 0 0 where it sees padding), on the
             paper: where a page was turned or shifted, that is undone.
         visual_mask_BN: bool, False for padding and for tokens that see no part of the paper.
@@ -135,6 +139,7 @@ class Side:
     block_BS: Tensor
     byte_end_BS: Tensor
     answer_A2: Tensor
+    answer_ids_A: Tensor
     visual_BS: Tensor
     visual_box_BN4: Tensor
     visual_mask_BN: Tensor
@@ -174,6 +179,19 @@ class Outputs:
     projected_BND: Tensor
     answer_logits_AV: Tensor
     side: Side
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What an objective has to know of a model before it is built.
+
+    Attributes:
+        width: of its hidden states.
+        vocab_size: answers that its head tells apart (rows of the output head).
+    """
+
+    width: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)

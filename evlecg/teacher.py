@@ -25,20 +25,14 @@ class LiveTeacher:
     """
 
     def __init__(self, loaded: Loaded, *, visual_layer: int) -> None:
-        self.model = loaded.model.eval().requires_grad_(False)
-        self.forward_keys = loaded.forward_keys
+        self.loaded = loaded
+        self.loaded.model.eval().requires_grad_(False)
         self.visual_layer = visual_layer
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        assert batch.teacher is not None and not self.model.training
-        return forward(
-            self.model,
-            batch.teacher,
-            predict_A2=batch.teacher.answer_A2,
-            visual_layer=self.visual_layer,
-            forward_keys=self.forward_keys,
-        )
+        assert batch.teacher is not None and not self.loaded.model.training
+        return forward(self.loaded, batch.teacher, visual_layer=self.visual_layer)
 
 
 class RememberingTeacher:

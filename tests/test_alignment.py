@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from evlecg.losses.alignment import (
@@ -28,6 +29,16 @@ def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+class Head(nn.Linear):
+    """An output head as the losses see one: states and the side that they belong to."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__(width, vocabulary, bias=False)
+
+    def forward(self, states_AD: Tensor, side: Side) -> Tensor:
+        return super().forward(states_AD)
+
+
 def make_side(
     block: list[list[int]],
     byte_end: list[list[int]],
@@ -41,11 +52,12 @@ def make_side(
     block_BS = torch.tensor(block)
     vocabulary = torch.Generator().manual_seed(block_BS.numel())
     return Side(
-        inputs={"input_ids": torch.randint(0, 11, block_BS.shape, generator=vocabulary)},
+        inputs={},
         valid_BS=block_BS >= 0,
         block_BS=block_BS,
         byte_end_BS=torch.tensor(byte_end),
         answer_A2=torch.tensor(answers or [], dtype=torch.long).reshape(-1, 2),
+        answer_ids_A=torch.randint(0, 11, (len(answers or []),), generator=vocabulary),
         visual_BS=torch.tensor(visual).bool(),
         visual_box_BN4=boxes,
         visual_mask_BN=(boxes[..., 2:] > boxes[..., :2]).all(-1),
@@ -219,12 +231,12 @@ def test_empty_masks_and_zero_states_are_finite(dtype: torch.dtype) -> None:
 
 def test_anchor_reads_the_head_before_each_answer_token_and_leaves_it_alone() -> None:
     torch.manual_seed(0)
-    head = nn.Linear(4, 11).double()
+    head = Head(4, 11).double()
     side = make_side([[0, 1, 1, 1]] * 2, [[0, 0, 2, 3]] * 2, [[0] * 4] * 2, torch.zeros(2, 0, 4),
                      answers=[(0, 2), (0, 3), (1, 2)])  # fmt: skip
     aligned = seeded(2, 4, 4).requires_grad_()
     logits = anchor_logits(aligned, side, head)
-    assert_close(logits, torch.stack([head(aligned[0, 1]), head(aligned[0, 2]), head(aligned[1, 1])]))
+    assert_close(logits, torch.stack([F.linear(aligned[row, at], head.weight) for row, at in ((0, 1), (0, 2), (1, 1))]))
     logits.square().sum().backward()
     assert all(parameter.grad is None and parameter.requires_grad for parameter in head.parameters())
     assert aligned.grad is not None

@@ -19,7 +19,7 @@ from evlecg.models.encode import Encoder, Turn, wanted_page_size
 from evlecg.models.outputs import can_pack, forward, gather_visual, image_matters, tree_mask, tree_positions
 from evlecg.models.score import Scorer
 from evlecg.page.layout import page_layout
-from evlecg.page.render import PageStyle
+from evlecg.page.render import Page, PageStyle
 
 TURNS = [
     Turn("Does this ECG show hypertrophy?", "yes"),
@@ -35,19 +35,19 @@ def opened(path: Path) -> tuple[models.Loaded, Encoder]:
     return loaded, Encoder(loaded.checkpoint, loaded.processor)
 
 
-def noise(encoder: Encoder, seed: int = 0) -> np.ndarray:
+def paper(encoder: Encoder, pixels: np.ndarray) -> Page:
+    return Page(pixels, page_layout("3x4+1", size_px=encoder.size_px))
+
+
+def noise(encoder: Encoder, seed: int = 0) -> Page:
     width, height = encoder.size_px
-    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-
-
-def layout(encoder: Encoder):
-    return page_layout("3x4+1", size_px=encoder.size_px)
+    return paper(encoder, np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_side_says_what_its_positions_mean(checkpoints, family):
     _, encoder = opened(checkpoints[family])
-    side = encoder.encode([noise(encoder)] * 2, [TURNS, TURNS[:1]], layout(encoder))
+    side = encoder.encode([noise(encoder)] * 2, [TURNS, TURNS[:1]])
     ids = side.inputs["input_ids"]
     for row, turns in enumerate((TURNS, TURNS[:1])):
         for number, turn in enumerate(turns, start=1):
@@ -70,7 +70,7 @@ def test_earlier_turns_are_read_and_not_learnt(checkpoints, family):
     _, encoder = opened(checkpoints[family])
     earlier = (("Which rhythm?", "sinus rhythm"),)
     turn = Turn("Is it fast?", "no", history=earlier)
-    side = encoder.encode(noise(encoder)[:1], [[turn]], layout(encoder))
+    side = encoder.encode([noise(encoder)], [[turn]])
     ids = side.inputs["input_ids"][0]
     answer = ids[side.answer_A2[:, 1]]
     text = encoder.tokenizer.decode(ids[side.valid_BS[0]])
@@ -78,20 +78,20 @@ def test_earlier_turns_are_read_and_not_learnt(checkpoints, family):
     assert encoder.tokenizer.decode(answer, skip_special_tokens=True).strip() == "no"
     first = int(side.visual_BS[0].nonzero().min())
     assert "Which" not in encoder.tokenizer.decode(ids[:first]), "the image comes first"
-    alone = encoder.encode(noise(encoder)[:1], [[Turn("Is it fast?", "no")]], layout(encoder))
+    alone = encoder.encode([noise(encoder)], [[Turn("Is it fast?", "no")]])
     assert alone.valid_BS.sum() < side.valid_BS.sum()
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "idefics3_tiles"])
 def test_packed_questions_get_the_logits_of_single_ones(checkpoints, family):
     loaded, encoder = opened(checkpoints[family])
-    able, why = can_pack(loaded, encoder, noise(encoder), TURNS, layout(encoder))
+    able, why = can_pack(loaded, encoder, noise(encoder), TURNS)
     assert able, why
 
 
 def test_a_family_that_cannot_pack_is_found_out(checkpoints):
     loaded, encoder = opened(checkpoints["qwen2_vl"])  # its rotary positions have three parts
-    able, why = can_pack(loaded, encoder, noise(encoder), TURNS, layout(encoder))
+    able, why = can_pack(loaded, encoder, noise(encoder), TURNS)
     assert not able and "differ" in why
 
 
@@ -133,7 +133,7 @@ def test_positions_undo_a_centre_crop(checkpoints):
 
 def test_positions_of_tiles_come_before_the_whole_page(checkpoints):
     _, encoder = opened(checkpoints["idefics3_tiles"])
-    side = encoder.encode([noise(encoder)], [TURNS[:1]], layout(encoder))
+    side = encoder.encode([noise(encoder)], [TURNS[:1]])
     boxes = side.visual_box_BN4[0].numpy()
     n_tiles = len(boxes) // 4
     assert n_tiles > 2
@@ -152,9 +152,9 @@ def test_what_changes_on_the_page_changes_the_tokens_there(checkpoints, family):
     changed = page.copy()
     x0, y0, x1, y1 = 0.52, 0.54, 0.98, 0.96  # inside the lower right quarter
     changed[int(y0 * height) : int(y1 * height), int(x0 * width) : int(x1 * width)] = 30
-    side = encoder.encode([page, changed], [TURNS[:1]] * 2, layout(encoder))
+    side = encoder.encode([paper(encoder, page), paper(encoder, changed)], [TURNS[:1]] * 2)
     with torch.no_grad():
-        outputs = forward(loaded.model, side, predict_A2=side.answer_A2, forward_keys=loaded.forward_keys)
+        outputs = forward(loaded, side)
     moved_N = (outputs.projected_BND[0] - outputs.projected_BND[1]).norm(dim=-1)
     box_N4 = side.visual_box_BN4[0]
     overlap = (box_N4[:, 2].clamp(max=x1) - box_N4[:, 0].clamp(min=x0)).clamp(min=0) * (
@@ -168,7 +168,7 @@ def test_what_changes_on_the_page_changes_the_tokens_there(checkpoints, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blanking_the_page_moves_the_answer(checkpoints, family):
     loaded, encoder = opened(checkpoints[family])
-    side = encoder.encode([noise(encoder)], [TURNS[:1]], layout(encoder))
+    side = encoder.encode([noise(encoder)], [TURNS[:1]])
     assert image_matters(loaded, side) > 1e-4
 
 

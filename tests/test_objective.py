@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from evlecg.errors import EvlecgError
-from evlecg.losses.objective import METHODS, CeObjective, EvlObjective, answer_cross_entropy, answer_targets
+from evlecg.losses.objective import METHODS, CeObjective, EvlObjective, answer_cross_entropy
 from evlecg.losses.relation import page_grid
 from evlecg.recipe import AlignmentConfig, ObjectiveConfig, RelationConfig, TransportConfig
-from evlecg.schema import Batch, Outputs, Side
-from tests.test_alignment import make_side, seeded
+from evlecg.schema import Batch, ModelFacts, Outputs, Side
+from tests.test_alignment import Head, make_side, seeded
 
 STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 8, 12, 11
+STUDENT, TEACHER = ModelFacts(STUDENT_WIDTH, VOCABULARY), ModelFacts(TEACHER_WIDTH, VOCABULARY)
 ALL = ObjectiveConfig(lambda_m=0.7, lambda_r=2.0, lambda_ot=0.3)
 
 
@@ -69,12 +70,12 @@ def make_batch(rows: int = 3) -> Batch:
 
 def build(config: ObjectiveConfig, *, seed: int = 0) -> EvlObjective:
     torch.manual_seed(seed)
-    return EvlObjective(config, student_width=STUDENT_WIDTH, teacher_width=TEACHER_WIDTH).double()
+    return EvlObjective(config, student=STUDENT, teacher=TEACHER).double()
 
 
-def make_head() -> nn.Linear:
+def make_head() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Linear(STUDENT_WIDTH, VOCABULARY, bias=False).double()
+    return Head(STUDENT_WIDTH, VOCABULARY).double()
 
 
 def make_pair(batch: Batch, dtype: torch.dtype = torch.float64) -> tuple[Outputs, Outputs]:
@@ -95,13 +96,11 @@ def test_cross_entropy_against_plain_loops_and_empty() -> None:
 def test_ce_is_cross_entropy_alone_with_weight_one() -> None:
     batch = make_batch()
     student, _ = make_pair(batch)
-    objective = METHODS["ce"](ALL, student_width=STUDENT_WIDTH, teacher_width=None)
+    objective = METHODS["ce"](ALL, student=STUDENT, teacher=None)
     assert isinstance(objective, CeObjective) and objective.needs == frozenset()
     assert not list(objective.parameters())
     terms = objective(student, None, batch, output_head=make_head())
-    ids = batch.student.inputs["input_ids"]
-    targets = torch.stack([ids[row, position] for row, position in batch.student.answer_A2.tolist()])
-    assert_close(terms.total, F.cross_entropy(student.answer_logits_AV, targets))
+    assert_close(terms.total, F.cross_entropy(student.answer_logits_AV, batch.student.answer_ids_A))
     assert terms.weights == {"ce": 1.0} and set(terms.values) == {"ce"}
 
 
@@ -216,10 +215,10 @@ def test_terms_of_weight_zero_need_and_build_nothing(
 
 
 def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
-    idle = EvlObjective(ObjectiveConfig(alpha=0.0), student_width=8, teacher_width=None)
+    idle = EvlObjective(ObjectiveConfig(alpha=0.0), student=STUDENT, teacher=None)
     assert idle.needs == frozenset()
-    with pytest.raises(ValueError, match="teacher_width"):
-        EvlObjective(ALL, student_width=8, teacher_width=None)
+    with pytest.raises(ValueError, match="knows none"):
+        EvlObjective(ALL, student=STUDENT, teacher=None)
     batch = make_batch()
     with pytest.raises(ValueError, match="given none"):
         build(ALL)(make_pair(batch)[0], None, batch, output_head=make_head())
@@ -246,7 +245,7 @@ def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
     for student_width, teacher_width in ((64, 16), (16, 64)):
         torch.manual_seed(0)
         config = ObjectiveConfig(lambda_r=0, lambda_ot=1)
-        objective = EvlObjective(config, student_width=student_width, teacher_width=teacher_width)
+        objective = EvlObjective(config, student=ModelFacts(student_width, 11), teacher=ModelFacts(teacher_width, 11))
         assert objective.projection is not None
         projected = objective.projection(seeded(500, teacher_width, dtype=torch.float32)).detach()
         assert float(projected.square().mean()) == pytest.approx(1, rel=0.2)
@@ -259,7 +258,7 @@ def test_relation_is_zero_for_identical_features_and_reads_what_it_names(cells: 
     config = ObjectiveConfig(lambda_ot=0, relation=RelationConfig(cells=cells, features=features, grid=2))
     student, teacher = make_pair(batch)
     same = frozen(replace(student, side=batch.student))
-    objective = EvlObjective(config, student_width=STUDENT_WIDTH, teacher_width=STUDENT_WIDTH)
+    objective = EvlObjective(config, student=STUDENT, teacher=STUDENT)
     assert float(objective(student, same, batch, output_head=make_head()).values["rel"].detach()) == 0
     value = objective(student, teacher, batch, output_head=make_head()).values["rel"]
     assert float(value.detach()) > 1e-3
@@ -296,7 +295,6 @@ def padded(side: Side, extra: int) -> Side:
 
     return replace(
         side,
-        inputs={"input_ids": grow(side.inputs["input_ids"], 0)},
         valid_BS=grow(side.valid_BS, False),
         block_BS=grow(side.block_BS, -1),
         byte_end_BS=grow(side.byte_end_BS, 0),
@@ -333,8 +331,7 @@ def test_order_of_records_does_not_matter() -> None:
     batch, order = make_batch(), torch.tensor([2, 0, 1])
     student, teacher = make_pair(batch)
     objective, head = build(ALL), make_head()
-    ids = batch.student.inputs["input_ids"]
-    side = replace(batch.student, inputs={"input_ids": ids[order]})
+    side = replace(batch.student, answer_ids_A=batch.student.answer_ids_A.unflatten(0, (3, 2))[order].flatten())
     states = ("hidden_BSD", "visual_BND", "projected_BND")
     answers = student.answer_logits_AV.unflatten(0, (3, 2))[order].flatten(0, 1)
     shuffled = [replace(out, **{name: getattr(out, name)[order] for name in states}) for out in (student, teacher)]
@@ -355,6 +352,7 @@ def test_nothing_to_learn_from_is_zero_on_the_graph(strict: bool) -> None:
             side,
             valid_BS=side.valid_BS & False,
             answer_A2=side.answer_A2[:0],
+            answer_ids_A=side.answer_ids_A[:0],
             visual_mask_BN=side.visual_mask_BN & False,
         )
         return replace(outputs, side=side, answer_logits_AV=outputs.answer_logits_AV[:0])
@@ -371,7 +369,7 @@ def test_bfloat16_outputs_under_autocast_give_float32_terms() -> None:
     batch = make_batch()
     student, teacher = make_pair(batch, torch.bfloat16)
     torch.manual_seed(0)
-    objective = EvlObjective(ALL, student_width=STUDENT_WIDTH, teacher_width=TEACHER_WIDTH)
+    objective = EvlObjective(ALL, student=STUDENT, teacher=TEACHER)
     head = make_head().bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = objective(student, teacher, batch, output_head=head)
@@ -439,14 +437,9 @@ def test_rolled_gap_of_every_term_is_positive_once_the_student_copies_its_teache
     teacher = frozen(replace(student, side=batch.student))
     config = ObjectiveConfig(lambda_r=1, lambda_ot=1, relation=RelationConfig(grid=2))
     torch.manual_seed(0)
-    objective = EvlObjective(config, student_width=STUDENT_WIDTH, teacher_width=STUDENT_WIDTH).double()
+    objective = EvlObjective(config, student=STUDENT, teacher=STUDENT).double()
     assert objective.projection is not None
     objective.projection.weight.data = torch.eye(STUDENT_WIDTH, dtype=torch.float64)
     terms = objective(student, teacher, batch, output_head=make_head(), diagnose=True)
     assert terms.diagnostics["rel_rolled_gap"] > 0.05 and terms.diagnostics["ot_rolled_gap"] > 0.05
     assert terms.diagnostics["rel_cells"] == 4
-
-
-def test_targets_are_the_ids_at_the_answer_positions() -> None:
-    side = make_batch(rows=1).student
-    assert answer_targets(side).tolist() == side.inputs["input_ids"][0, [6, 7]].tolist()

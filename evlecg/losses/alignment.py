@@ -182,7 +182,7 @@ def anchor_logits(aligned_BSD: Tensor, side: Side, output_head: nn.Module) -> Te
     frozen = {name: value.detach() for name, value in (*output_head.named_parameters(), *output_head.named_buffers())}
     dtype = next((value.dtype for value in frozen.values() if value.is_floating_point()), aligned_AD.dtype)
     with torch.autocast(aligned_AD.device.type, enabled=False):  # a bf16 head reads bf16: no float32 copy of [V, D]
-        return torch.func.functional_call(output_head, frozen, (aligned_AD.to(dtype),))
+        return torch.func.functional_call(output_head, frozen, (aligned_AD.to(dtype), side))
 
 
 @torch.no_grad()

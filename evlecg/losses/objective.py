@@ -36,7 +36,7 @@ from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
 from evlecg.losses.transport import Transport, page_cost, plan_diagnostics, token_lead, transport_loss
 from evlecg.recipe import ObjectiveConfig
-from evlecg.schema import Batch, LossTerms, Outputs, Side
+from evlecg.schema import Batch, LossTerms, ModelFacts, Outputs, Side
 
 
 @full_precision
@@ -47,21 +47,15 @@ def answer_cross_entropy(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
     return F.cross_entropy(logits_AV, targets_A)
 
 
-def answer_targets(side: Side) -> Tensor:
-    """Token ids at the answer positions: int [A]."""
-    return side.inputs["input_ids"][side.answer_A2[:, 0], side.answer_A2[:, 1]]
-
-
 class CeObjective(nn.Module):
     """Cross-entropy on the answer alone: the control that every comparison needs. It has no parameters.
 
     Args:
         config: unused; every objective is made alike.
-        student_width: unused.
-        teacher_width: unused.
+        student, teacher: unused.
     """
 
-    def __init__(self, config: ObjectiveConfig, *, student_width: int, teacher_width: int | None) -> None:
+    def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
 
     @property
@@ -80,9 +74,7 @@ class CeObjective(nn.Module):
         diagnose: bool = False,
     ) -> LossTerms:
         """See `EvlObjective.forward`; reads `student` only."""
-        return _weighted(
-            {"ce": answer_cross_entropy(student.answer_logits_AV, answer_targets(student.side))}, {"ce": 1}
-        )
+        return _weighted({"ce": answer_cross_entropy(student.answer_logits_AV, student.side.answer_ids_A)}, {"ce": 1})
 
 
 @dataclass(frozen=True)
@@ -101,15 +93,15 @@ class EvlObjective(nn.Module):
 
     Args:
         config: the recipe's objective.
-        student_width: width of the student's hidden states.
-        teacher_width: width of the teacher's hidden states; None is a mistake unless every term has weight zero.
+        student: the student's facts.
+        teacher: the teacher's facts; None is a mistake unless every term has weight zero.
 
     Raises:
         EvlecgError: a configuration that cannot work (heads that do not divide the width, `alpha` above 1, relations
             to aligned states that nothing trains).
     """
 
-    def __init__(self, config: ObjectiveConfig, *, student_width: int, teacher_width: int | None) -> None:
+    def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
         if config.alpha > 1:
             raise EvlecgError(f"alpha is a share, not {config.alpha}", where="objective.alpha", hint="0 to 1")
@@ -125,24 +117,24 @@ class EvlObjective(nn.Module):
                 where="objective.relation.source",
                 hint="set objective.lambda_m above 0, or objective.relation.source to teacher",
             )
-        if self.needs and teacher_width is None:
-            raise ValueError("this objective reads a teacher: teacher_width is missing")
+        if self.needs and teacher is None:
+            raise ValueError("this objective reads a teacher, and knows none")
         self.aligner: CrossAligner | None = None
         self.projection: nn.Linear | None = None
-        if teacher_width is not None and (self.uses_alignment or self.relates_aligned):
-            if student_width % config.align.heads:
+        if teacher is not None and (self.uses_alignment or self.relates_aligned):
+            if student.width % config.align.heads:
                 raise EvlecgError(
-                    f"{config.align.heads} attention heads do not divide the student's width of {student_width}",
+                    f"{config.align.heads} attention heads do not divide the student's width of {student.width}",
                     where="objective.align.heads",
-                    hint=f"for example {math.gcd(student_width, config.align.heads)}",
+                    hint=f"for example {math.gcd(student.width, config.align.heads)}",
                 )
             self.aligner = CrossAligner(
-                student_width, teacher_width, heads=config.align.heads, normalise=not config.strict
+                student.width, teacher.width, heads=config.align.heads, normalise=not config.strict
             )
-        if teacher_width is not None and self.uses_transport:
-            self.projection = nn.Linear(teacher_width, student_width, bias=False)
+        if teacher is not None and self.uses_transport:
+            self.projection = nn.Linear(teacher.width, student.width, bias=False)
             # orthogonal: distances among teacher tokens survive, and so does their size per element
-            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(student_width / teacher_width)))
+            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(student.width / teacher.width)))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -176,14 +168,14 @@ class EvlObjective(nn.Module):
             student: on the graph.
             teacher: without gradient, the same records in the same order.
             batch: names the lead x time cells; its halves are those of the outputs.
-            output_head: the student's; read frozen, by the anchor.
+            output_head: the student's (`models.outputs.AnswerHead`); read frozen, by the anchor.
             ramp: share of the distillation weights in force. The anchor is exempt: it moves the aligner only, which
                 had better be right by the time the student is pulled toward it.
             diagnose: fill `diagnostics`. Costs a second pass of the terms with the teacher's batch rolled by one,
                 and waits for the device.
         """
         config = self.config
-        values = {"ce": answer_cross_entropy(student.answer_logits_AV, answer_targets(student.side))}
+        values = {"ce": answer_cross_entropy(student.answer_logits_AV, student.side.answer_ids_A)}
         weights = {
             "ce": 1 - config.alpha,
             "mhca": config.alpha * ramp * config.lambda_m,
@@ -233,7 +225,7 @@ class EvlObjective(nn.Module):
         if config.anchor == 0:
             return _Terms({"mhca": loss}, aligned_BSD)
         logits_AV = anchor_logits(aligned_BSD, student.side, output_head)
-        anchor = answer_cross_entropy(logits_AV, answer_targets(student.side))
+        anchor = answer_cross_entropy(logits_AV, student.side.answer_ids_A)
         return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits_AV)
 
     def _scope(self, side: Side, predicting_BS: Tensor) -> Tensor:
@@ -302,7 +294,7 @@ class EvlObjective(nn.Module):
             found["mhca_variance_share"] = variance_share(terms.aligned_BSD, mask_BS)
             found["student_variance_share"] = variance_share(student.hidden_BSD, mask_BS)
         if terms.anchor_logits_AV is not None and len(terms.anchor_logits_AV):
-            right_A = terms.anchor_logits_AV.argmax(-1) == answer_targets(student.side)
+            right_A = terms.anchor_logits_AV.argmax(-1) == student.side.answer_ids_A
             found["anchor_accuracy"] = float(right_A.float().mean())
         if terms.transport is not None:
             sides = (teacher.side, student.side)

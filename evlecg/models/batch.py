@@ -65,10 +65,7 @@ class BatchBuilder:
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         chosen = [self.samples[int(index)] for index in indices]
-        turns = [
-            [Turn(question.text, question.answer, history=question.history) for question in sample.questions]
-            for sample in chosen
-        ]
+        turns = [[Turn.of(question) for question in sample.questions] for sample in chosen]
         shared = self.augment is None or self.augment.teacher
         sizes = [self.student.size_px] + ([self.teacher.size_px] if self.teacher is not None and shared else [])
         drawn = [self._draw(sample, sizes, self.augment) for sample in chosen]
@@ -96,8 +93,7 @@ class BatchBuilder:
         if not self.packed:
             repeated = [(page, [turn]) for page, row in zip(pages, turns, strict=True) for turn in row]
             pages, turns = [page for page, _ in repeated], [row for _, row in repeated]
-        layouts = [page.layout for page in pages]
-        return encoder.encode([page.pixels for page in pages], turns, layouts), layouts
+        return encoder.encode(pages, turns), [page.layout for page in pages]
 
 
 def draw(

@@ -20,7 +20,7 @@ def startup_checks(
 ) -> tuple[bool, dict[str, Any]]:
     """What must hold before a step is worth taking, said on the way: packing, answers, visual tokens, image seen."""
     sample = max(unpacked.samples[:64], key=lambda candidate: len(candidate.questions))
-    turns = [Turn(question.text, question.answer) for question in sample.questions]
+    turns = [Turn.of(question) for question in sample.questions]
     packed = recipe.train.packing != "never" and len(turns) > 1
     checks: dict[str, Any] = {"packed": packed}
     sides = [("student", student, unpacked.student)]
@@ -28,7 +28,7 @@ def startup_checks(
         sides.append(("teacher", teacher, unpacked.teacher))
     for role, loaded, encoder in sides:
         page = draw(unpacked.prepared, sample.record_index, encoder.size_px, unpacked.style)
-        side = to_device(encoder.encode([page.pixels], [turns[:1]], page.layout), loaded.model.device)
+        side = to_device(encoder.encode([page], [turns[:1]]), loaded.model.device)
         if len(side.answer_A2) == 0:
             raise EvlecgError("no answer token is left to learn from", where=loaded.checkpoint.name,
                               hint="the chat template drops the assistant's text")  # fmt: skip
@@ -52,7 +52,7 @@ def startup_checks(
             raise EvlecgError(f"the {role}'s answer does not change when its page is blanked",
                               where=loaded.checkpoint.name, hint="the image does not reach the model")  # fmt: skip
         if packed:
-            able, why = can_pack(loaded, encoder, page.pixels, turns, page.layout)
+            able, why = can_pack(loaded, encoder, page, turns)
             if not able and recipe.train.packing == "always":
                 raise EvlecgError(f"the {role} cannot pack questions", where=loaded.checkpoint.name, hint=why)
             if not able:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from evlecg.errors import EvlecgError
 from evlecg.models.load import Checkpoint
-from evlecg.page.layout import PageLayout, batch_cells
-from evlecg.schema import Side
+from evlecg.page.layout import batch_cells
+from evlecg.page.render import Page
+from evlecg.schema import Question, Side
 
 REMEMBERED_TURNS = 20_000
 PAPER_SHAPE = (1100, 850)  # landscape letter at 100 px an inch: the shape of a page where the processor sets none
@@ -37,12 +38,19 @@ class Turn:
     Attributes:
         ends: the end-of-turn mark follows, too.
         history: earlier (question, answer) turns of the same dialogue; the image stands before the first.
+        label: the label code that it asks about, if it asks about one.
     """
 
     question: str
     answer: str
     ends: bool = True
     history: tuple[tuple[str, str], ...] = ()
+    label: str | None = None
+
+    @classmethod
+    def of(cls, question: Question, answer: str | None = None, *, ends: bool = True) -> Turn:
+        """The turn of a question, with its right answer or another one."""
+        return cls(question.text, question.answer if answer is None else answer, ends, question.history, question.label)
 
 
 @dataclass(frozen=True)
@@ -107,24 +115,18 @@ class Encoder:
             full = full[: full.index(turn.answer, len(prompt)) + len(turn.answer)]
         return prompt, full
 
-    def encode(
-        self,
-        pages: Sequence[np.ndarray],
-        turns: Sequence[Sequence[Turn]],
-        layout: PageLayout | Sequence[PageLayout],
-    ) -> Side:
+    def encode(self, pages: Sequence[Page], turns: Sequence[Sequence[Turn]]) -> Side:
         """Builds the half of a batch.
 
         Args:
-            pages: one uint8 [H,W,3] page a row, of `size_px`.
+            pages: one page a row, of `size_px`.
             turns: the questions of every row, at least one each.
-            layout: where leads and times lie on these pages: one layout a page, or one for all.
 
         Returns:
             A `Side` of B = len(pages) rows.
         """
         tails = [[self._tail(turn) for turn in row] for row in turns]
-        rows = self._process(pages, [self.text(row[0])[1] for row in turns])
+        rows = self._process([page.pixels for page in pages], [self.text(row[0])[1] for row in turns])
         special = rows["attention_mask"].shape
         per_token = {
             key: value
@@ -140,7 +142,7 @@ class Encoder:
         side = self._pad(built, list(per_token))
         taken = {"input_ids", "attention_mask", *per_token}
         inputs = {key: value for key, value in rows.items() if key not in taken} | side
-        return self._side(inputs, built, [layout] * len(built) if isinstance(layout, PageLayout) else layout)
+        return self._side(inputs, built, pages)
 
     def answer_ids(self, turn: Turn) -> tuple[int, ...]:
         """Ids of the answer's tokens, in their context."""
@@ -235,7 +237,7 @@ class Encoder:
         mask = torch.tensor([[1] * len(row["block"]) + [0] * (length - len(row["block"])) for row in built])
         return {"input_ids": ids, "attention_mask": mask} | {key: padded(key, 0) for key in extra}
 
-    def _side(self, inputs: dict[str, Any], built: list[dict[str, list[int]]], layouts: Sequence[PageLayout]) -> Side:
+    def _side(self, inputs: dict[str, Any], built: list[dict[str, list[int]]], pages: Sequence[Page]) -> Side:
         length = inputs["input_ids"].shape[1]
 
         def padded(key: str, value: int) -> Tensor:
@@ -244,21 +246,23 @@ class Encoder:
         valid_BS = inputs["attention_mask"].bool()
         visual_BS = (inputs["input_ids"] == self.checkpoint.image_token_id) & valid_BS
         counts = visual_BS.sum(1).tolist()
-        boxes = [layout.to_paper(self.boxes(count)) for count, layout in zip(counts, layouts, strict=True)]
+        boxes = [page.layout.to_paper(self.boxes(count)) for count, page in zip(counts, pages, strict=True)]
         box_BN4 = torch.zeros(len(built), max(counts), 4)
         for row, box_N4 in enumerate(boxes):
             box_BN4[row, : len(box_N4)] = torch.from_numpy(box_N4)
         mask_BN = (box_BN4[..., 2] > box_BN4[..., 0]) & (box_BN4[..., 3] > box_BN4[..., 1])
+        answer_A2 = padded("answer", 0).nonzero()
         return Side(
             inputs=inputs,
             valid_BS=valid_BS,
             block_BS=padded("block", -1),
             byte_end_BS=padded("byte_end", 0),
-            answer_A2=padded("answer", 0).nonzero(),
+            answer_A2=answer_A2,
+            answer_ids_A=inputs["input_ids"][answer_A2[:, 0], answer_A2[:, 1]],
             visual_BS=visual_BS,
             visual_box_BN4=box_BN4,
             visual_mask_BN=mask_BN,
-            cell_box_BC4=torch.from_numpy(batch_cells(layouts)[0]),
+            cell_box_BC4=torch.from_numpy(batch_cells([page.layout for page in pages])[0]),
         )
 
     def boxes(self, n_tokens: int) -> np.ndarray:

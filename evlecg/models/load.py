@@ -13,6 +13,7 @@ from typing import Any
 from evlecg.errors import EvlecgError
 from evlecg.files import sha256_file
 from evlecg.recipe import nearest
+from evlecg.schema import ModelFacts
 
 # name -> (folder inside evlecg/assets, whether its weights are used); an untrained one starts from the run's seed
 BUILTIN: dict[str, tuple[str, bool]] = {
@@ -63,6 +64,11 @@ class Loaded:
     @property
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What an objective has to know."""
+        return ModelFacts(self.checkpoint.width, self.checkpoint.vocab_size)
 
 
 def resolve(name: str) -> tuple[str, bool]:

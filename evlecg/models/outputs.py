@@ -10,27 +10,26 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evlecg.errors import EvlecgError
 from evlecg.models.encode import Encoder, Turn
 from evlecg.models.load import Loaded
-from evlecg.page.layout import PageLayout
+from evlecg.page.render import Page
 from evlecg.schema import Batch, Outputs, Side
 
 
-def forward(
-    model: Any, side: Side, *, predict_A2: Tensor, visual_layer: int = -1, forward_keys: frozenset[str]
-) -> Outputs:
+def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = None) -> Outputs:
     """Runs a model on its half of a batch.
 
     Args:
-        model: the model, wrapped or not.
+        loaded: the checkpoint in memory.
         side: its half, on its device.
-        predict_A2: int [A,2], (row, position) of the tokens whose predicting logits are wanted.
         visual_layer: hidden layer whose visual tokens are returned.
-        forward_keys: names of the unwrapped model's forward arguments.
+        model: the model as accelerate wrapped it; None: the bare one.
     """
+    model = loaded.model if model is None else model
+    forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
     inputs = dict(side.inputs)
     if bool((side.block_BS > 1).any()):
         inputs["attention_mask"] = tree_mask(side.block_BS, _dtype(model))
@@ -50,6 +49,22 @@ def forward(
         answer_logits_AV=logits_BUV[predict_A2[:, 0], place_A],
         side=side,
     )
+
+
+class AnswerHead(nn.Module):
+    """Reads answer logits off hidden states: what the losses see of a model's head.
+
+    Args:
+        loaded: the checkpoint in memory; its head is shared, not copied.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__()
+        self.head = loaded.model.get_output_embeddings()
+
+    def forward(self, states_AD: Tensor, side: Side) -> Tensor:
+        """Logits [A,V] of the tokens at `side.answer_A2`, given the states that predict them."""
+        return self.head(states_AD)
 
 
 def tree_mask(block_BS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,21 +114,21 @@ def to_device(item: Any, device: torch.device | str) -> Any:
 
 
 @torch.no_grad()
-def packing_difference(loaded: Loaded, encoder: Encoder, page: Any, turns: list[Turn], layout: PageLayout) -> float:
+def packing_difference(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) -> float:
     """Largest difference between packed and unpacked answer logits, as a share of the largest logit.
 
     Raises:
         Exception: whatever the model raises on a packed row: some families compute positions of their own.
     """
-    packed = encoder.encode([page], [turns], layout)
-    single = encoder.encode([page] * len(turns), [[turn] for turn in turns], layout)
+    packed = encoder.encode([page], [turns])
+    single = encoder.encode([page] * len(turns), [[turn] for turn in turns])
     device = next(loaded.model.parameters()).device
     results = []
     was_training = loaded.model.training
     loaded.model.eval()
     try:
         for side in (to_device(packed, device), to_device(single, device)):
-            outputs = forward(loaded.model, side, predict_A2=side.answer_A2, forward_keys=loaded.forward_keys)
+            outputs = forward(loaded, side)
             results.append(outputs.answer_logits_AV.float())
     finally:
         loaded.model.train(was_training)
@@ -124,12 +139,12 @@ def packing_difference(loaded: Loaded, encoder: Encoder, page: Any, turns: list[
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def can_pack(loaded: Loaded, encoder: Encoder, page: Any, turns: list[Turn], layout: PageLayout) -> tuple[bool, str]:
+def can_pack(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) -> tuple[bool, str]:
     """Whether packing gives this checkpoint the same logits as one question a row, and why not."""
     if len(turns) < 2:
         return False, "one question a page"
     try:
-        difference = packing_difference(loaded, encoder, page, turns, layout)
+        difference = packing_difference(loaded, encoder, page, turns)
     except EvlecgError:
         raise
     except Exception as error:  # families that take no 4-D mask or positions fail in their own ways
@@ -144,14 +159,9 @@ def image_matters(loaded: Loaded, side: Side) -> float:
 
     Zero means that the model does not see its images.
     """
-    outputs = forward(loaded.model, side, predict_A2=side.answer_A2, forward_keys=loaded.forward_keys)
+    outputs = forward(loaded, side)
     blank = {key: _blank(value) if key == "pixel_values" else value for key, value in side.inputs.items()}
-    without = forward(
-        loaded.model,
-        dataclasses.replace(side, inputs=blank),
-        predict_A2=side.answer_A2,
-        forward_keys=loaded.forward_keys,
-    )
+    without = forward(loaded, dataclasses.replace(side, inputs=blank))
     logits, ablated = outputs.answer_logits_AV.float(), without.answer_logits_AV.float()
     return float((logits - ablated).abs().max() / logits.abs().max().clamp_min(1e-6))
 

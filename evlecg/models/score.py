@@ -42,7 +42,7 @@ class Scorer:
         """Tries all questions of one page in one row; used from then on if the logits are the same."""
         page = draw(self.prepared, sample.record_index, self.encoder.size_px, self.style)
         turns = [turn for question in sample.questions for turn in self._turns(question)]
-        self.packed, self.packing_note = can_pack(self.loaded, self.encoder, page.pixels, turns, page.layout)
+        self.packed, self.packing_note = can_pack(self.loaded, self.encoder, page, turns)
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Iterator[Prediction]:
@@ -57,22 +57,19 @@ class Scorer:
         ]
         if self.packed:
             turns = [[turn for row, _, _, turn in asked if row == place] for place in range(len(samples))]
-            side = self.encoder.encode([page.pixels for page in pages], turns, pages[0].layout)
+            side = self.encoder.encode(pages, turns)
             # the k-th block of a row is its k-th turn
             starts = [0]
             for row_turns in turns:
                 starts.append(starts[-1] + len(row_turns))
             owner_A = [starts[row] + int(side.block_BS[row, place]) - 1 for row, place in side.answer_A2.tolist()]
         else:
-            side = self.encoder.encode(
-                [pages[row].pixels for row, _, _, _ in asked], [[turn] for *_, turn in asked], pages[0].layout
-            )
+            side = self.encoder.encode([pages[row] for row, *_ in asked], [[turn] for *_, turn in asked])
             owner_A = side.answer_A2[:, 0].tolist()
         side = to_device(side, model.device)
-        outputs = forward(model, side, predict_A2=side.answer_A2, forward_keys=self.loaded.forward_keys)
+        outputs = forward(self.loaded, side)
         logp_AV = outputs.answer_logits_AV.float().log_softmax(-1)
-        token_A = side.inputs["input_ids"][side.answer_A2[:, 0], side.answer_A2[:, 1]]
-        logp_A = logp_AV.gather(1, token_A[:, None])[:, 0]
+        logp_A = logp_AV.gather(1, side.answer_ids_A[:, None])[:, 0]
         by_turn: list[list[int]] = [[] for _ in asked]
         for token, owner in enumerate(owner_A):
             by_turn[owner].append(token)
@@ -99,11 +96,11 @@ class Scorer:
 
     def _turns(self, question: Question) -> list[Turn]:
         """The texts to run: one where every choice is a single token, else one a choice."""
-        turns = [Turn(question.text, choice, ends=False) for choice in question.choices]
+        turns = [Turn.of(question, choice, ends=False) for choice in question.choices]
         return turns[:1] if self._single_tokens(question) is not None else turns
 
     def _single_tokens(self, question: Question) -> list[int] | None:
         """The choices' ids where each is one token and all differ."""
-        ids = [self.encoder.answer_ids(Turn(question.text, choice, ends=False)) for choice in question.choices]
+        ids = [self.encoder.answer_ids(Turn.of(question, choice, ends=False)) for choice in question.choices]
         single = [tokens[0] for tokens in ids if len(tokens) == 1]
         return single if len(single) == len(ids) == len(set(single)) else None

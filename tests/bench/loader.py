@@ -23,7 +23,7 @@ from evlecg.losses.objective import METHODS
 from evlecg.models import load as models
 from evlecg.models.batch import BatchBuilder, draw_sizes
 from evlecg.models.encode import Encoder
-from evlecg.models.outputs import forward
+from evlecg.models.outputs import AnswerHead, forward
 from evlecg.page.augment import augmenter
 from evlecg.page.render import PageStyle
 from evlecg.prepare import prepare
@@ -68,16 +68,14 @@ def main() -> None:
             for index in indices(number):
                 draw_sizes(prepared, samples[index].record_index, sizes, style, augment=augment, epoch=number)
 
-        objective = METHODS["ce"](ObjectiveConfig(), student_width=student.checkpoint.width, teacher_width=None)
+        objective = METHODS["ce"](ObjectiveConfig(), student=student.facts, teacher=None)
         optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-4)
         batch = alone(indices(0))
         student.model.train()
 
         def step(number: int) -> None:
-            outputs = forward(
-                student.model, batch.student, predict_A2=batch.student.answer_A2, forward_keys=student.forward_keys
-            )
-            objective(outputs, None, batch, output_head=student.model.get_output_embeddings()).total.backward()
+            outputs = forward(student, batch.student)
+            objective(outputs, None, batch, output_head=AnswerHead(student)).total.backward()
             optimizer.step()
             optimizer.zero_grad()
 

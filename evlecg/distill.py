@@ -149,6 +149,9 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
         )
     student_checkpoint = models.inspect(recipe.student)
     teacher_checkpoint = models.inspect(recipe.teacher) if recipe.needs_teacher else None
+    if student_checkpoint.original is not None and student_checkpoint.original.tiled:
+        hint = "no transformers family lays tiles out flat, so what was trained could not be loaded again"
+        raise EvlecgError("this original LLaVA layout can teach only", where=recipe.student, hint=hint)
 
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)

@@ -36,6 +36,7 @@ class Checkpoint:
         image_token_id: id of the placeholder whose positions hold visual tokens.
         width: hidden size of the language model.
         vocab_size: rows of the output head.
+        original: the original LLaVA layout that it is stored in (`llava_layout.Original`), None for transformers' own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Checkpoint:
     image_token_id: int
     width: int
     vocab_size: int
+    original: Any = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,18 @@ def inspect(name: str) -> Checkpoint:
     Raises:
         EvlecgError: nothing there, not an image-text-to-text family, or no image placeholder.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     source, trained = resolve(name)
+    original = None
     try:
-        config = AutoConfig.from_pretrained(source)
+        tree, _ = PretrainedConfig.get_config_dict(source)
+        if tree.get("mm_vision_tower"):
+            original = _original(tree, source, name)
+        config = original.native if original is not None else AutoConfig.from_pretrained(source)
+    except EvlecgError:
+        raise
     except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
         raise EvlecgError("the checkpoint's config cannot be read", where=name, hint=_first_line(error)) from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -133,13 +141,30 @@ def inspect(name: str) -> Checkpoint:
         image_token_id=int(image_token_id),
         width=int(text.hidden_size),
         vocab_size=int(text.vocab_size),
+        original=original,
     )
+
+
+def _original(tree: dict[str, Any], source: str, name: str) -> Any:
+    """The translation of an original LLaVA config, None for any other."""
+    from evlecg.models import llava_layout
+
+    if not llava_layout.is_original(tree):
+        return None
+    with quiet():
+        return llava_layout.translate(tree, llava_layout.load_tokenizer(source, name=name), name=name)
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own processor, complete with image processor and tokenizer."""
     from transformers import AutoProcessor
 
+    if checkpoint.original is not None:
+        from evlecg.models import llava_layout
+
+        with quiet():
+            tokenizer = llava_layout.load_tokenizer(checkpoint.source, name=checkpoint.name)
+        return llava_layout.build_processor(checkpoint.original, tokenizer)
     hint = "save the processor beside the model: processor.save_pretrained(FOLDER)"
     try:
         with quiet():
@@ -170,10 +195,16 @@ def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Lo
             model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch_dtype)
         return Loaded(checkpoint, model, processor)
     try:
+        reader, source, given = AutoModelForImageTextToText, checkpoint.source, {}
+        if checkpoint.original is not None:
+            source, given = None, {"config": checkpoint.config, "state_dict": _original_weights(checkpoint)}
+            reader = reader._model_mapping[type(checkpoint.config)]
         with quiet():
-            model, info = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]
-                checkpoint.source, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
+            model, info = reader.from_pretrained(  # type: ignore[misc]
+                source, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **given
             )
+    except EvlecgError:
+        raise
     except Exception as error:
         hint = f"{_first_line(error)} (only safetensors are read)"
         raise EvlecgError("the checkpoint's weights cannot be loaded", where=checkpoint.name, hint=hint) from error
@@ -187,6 +218,13 @@ def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Lo
                 hint="a model with random weights must not pass as trained; check config.json against the weights",
             )
     return Loaded(checkpoint, model, processor)
+
+
+def _original_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    from evlecg.models import llava_layout
+
+    tensors = llava_layout.stored_tensors(checkpoint.source, name=checkpoint.name)
+    return llava_layout.state_dict(checkpoint.original, tensors, name=checkpoint.name)
 
 
 def weights_hash(checkpoint: Checkpoint) -> str | None:

@@ -25,6 +25,7 @@ vocabulary, K shared classes, Q questions, L groups of a question, R relation he
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,7 @@ class Baseline(nn.Module):
         """What it reads of both models."""
         return self.reads
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """The term's parts by name, each before weighting."""
         raise NotImplementedError
 
@@ -134,9 +133,7 @@ class Divergence(Baseline):
             for role, class_V in (("student", student_V), ("teacher", teacher_V)):
                 self.register_buffer(f"{role}_class_{int(opening)}", class_V, persistent=False)
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """The divergence, averaged over groups."""
         groups = answer_groups(student.side, teacher.side)
         if not len(groups):
@@ -159,8 +156,8 @@ class Divergence(Baseline):
                     class_log_probabilities(logp_GV[chosen_G], class_V, n_classes).clamp_min(LEAST_LOG_P)
                     for logp_GV, class_V in zip((student_GV, teacher_GV), classes, strict=True)
                 ))  # fmt: skip
-        total = sum(divergence(self.kind, *pair, beta=self.config.beta).sum() for pair in pairs)
-        return temperature**2 * total / len(opens_G)
+        sums = [divergence(self.kind, student, teacher, beta=self.config.beta).sum() for student, teacher in pairs]
+        return temperature**2 * torch.stack(sums).sum() / len(opens_G)
 
 
 class ReverseDivergence(Divergence):
@@ -190,9 +187,7 @@ def divergence(kind: str, student_GK: Tensor, teacher_GK: Tensor, *, beta: float
 class Uld(Baseline):
     """`uld`: sum over ranks of |p_s - p_t|, both sorted, the shorter vocabulary filled with zeros; mean over groups."""
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """The distance, averaged over groups."""
         groups = answer_groups(student.side, teacher.side)
         if not len(groups):
@@ -220,9 +215,7 @@ class MultiLevelOt(Baseline):
     not, and neither is done here.
     """
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """The three parts, averaged over groups (the last one over questions)."""
         groups = answer_groups(student.side, teacher.side)
         names = ("mlot_difference", "mlot_log", "mlot_sinkhorn")
@@ -288,9 +281,7 @@ class Dskd(Baseline):
         self.to_student = nn.Linear(teacher.width, student.width, bias=False)
         self.to_teacher = nn.Linear(student.width, teacher.width, bias=False)
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """The three parts, averaged over the answer tokens of the side where they stand."""
         student_head, teacher_head = heads
         if teacher_head is None:
@@ -308,7 +299,7 @@ class Dskd(Baseline):
 
     def _parts(
         self, student: Outputs, teacher: Outputs, student_word: Tensor, teacher_word: Tensor, same: Tensor,
-        student_head: nn.Module, teacher_head: nn.Module,
+        student_head: Any, teacher_head: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
         student_AD, teacher_AE = _predicting(student).float(), _predicting(teacher).float()
         keys = _unit_scale(teacher_word).flatten(1)
@@ -339,9 +330,7 @@ class MiniLm(Baseline):
     def build(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """Nothing to build."""
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """One part for queries, keys and values each."""
         parts = {}
         for name in ("query", "key", "value"):
@@ -354,7 +343,8 @@ class MiniLm(Baseline):
                 )
                 pooled.append(tokens_BCD)
                 masks.append(mask_BC)
-            parts[f"minilm_{name}"] = cell_relation_kl(*pooled, masks[0] & masks[1], heads=self.config.relation_heads)
+            both_BC = masks[0] & masks[1]
+            parts[f"minilm_{name}"] = cell_relation_kl(pooled[0], pooled[1], both_BC, heads=self.config.relation_heads)
         return parts
 
 
@@ -382,9 +372,7 @@ class Rkd(Baseline):
     reads = frozenset({"teacher", "visual"})
     least_rows = 8
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Distance and angle part."""
         first_R = _first_rows(batch)
         means = [_mean_token(outputs, first_R) for outputs in (student, teacher)]
@@ -419,7 +407,7 @@ def rkd_angle(student_RD: Tensor, teacher_RE: Tensor) -> Tensor:
     other = ~torch.eye(n, dtype=torch.bool, device=student_RD.device)
     # vertex i, ends j and k: all three differ
     mask = other[:, :, None] & other[:, None, :] & other[None]
-    return masked_mean(F.smooth_l1_loss(*cosines, reduction="none"), mask)
+    return masked_mean(F.smooth_l1_loss(cosines[0], cosines[1], reduction="none"), mask)
 
 
 class Feature(Baseline):
@@ -436,9 +424,7 @@ class Feature(Baseline):
         self.text = nn.Linear(teacher.width, student.width, bias=False)
         self.vision = nn.Linear(teacher.width, student.width, bias=False)
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Text and visual part."""
         groups = answer_groups(student.side, teacher.side)
         text = (
@@ -479,9 +465,7 @@ class EmKd(Baseline):
         """The projection that makes both sides' tokens comparable."""
         self.projection = nn.Linear(teacher.width, student.width, bias=False)
 
-    def term(
-        self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[nn.Module, nn.Module | None]
-    ) -> dict[str, Tensor]:
+    def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Distance of matched states, and affinities."""
         target_BND = F.linear(layer_normalised(teacher.visual_BND.float()), self.projection.weight)
         mine, theirs, row_P = match_tokens(
@@ -502,7 +486,7 @@ class EmKd(Baseline):
                 (student, groups.student_A, student_PD), (teacher, groups.teacher_A, teacher_PE),
             )
         ]  # fmt: skip
-        affinity = masked_mean(F.smooth_l1_loss(*affinities, reduction="none"), together)
+        affinity = masked_mean(F.smooth_l1_loss(affinities[0], affinities[1], reduction="none"), together)
         return {"em_state": distance, "em_affinity": affinity}
 
 

@@ -154,7 +154,12 @@ def distill(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, repeatable.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/TIME-NAME).")] = None,
-    method: Annotated[str | None, typer.Option(help="evl or ce (SFT-only).")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="evl, ce (SFT-only), seqkd, kl, rkl, jsd, uld, multilevel_ot, dskd, minilm, rkd, feature or em_kd."
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training records.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records a step on each process.")] = None,

@@ -26,6 +26,7 @@ from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.report import environment
 
+ANSWER_BATCH = 16  # records a forward pass when the teacher is asked for its answers
 MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
 
 
@@ -122,6 +123,7 @@ class _Job:
     optimizer: Any
     schedule: Any
     total_steps: int
+    needs: frozenset[str]
     checks: dict[str, Any]
 
 
@@ -135,6 +137,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     from evlecg.models.batch import BatchBuilder, epoch_batches
     from evlecg.models.checks import freeze_vision, startup_checks
     from evlecg.models.encode import Encoder
+    from evlecg.models.vocabulary import token_bytes
     from evlecg.teacher import LiveTeacher, RememberingTeacher
 
     if recipe.threads:
@@ -171,12 +174,17 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     packed, checks = startup_checks(recipe, unpacked, student, teacher, progress)
     builder = dataclasses.replace(unpacked, packed=packed, augment=augment)
 
-    objective = method(
-        recipe.objective,
-        student=student.facts,
-        teacher=teacher.facts if teacher is not None else None,
-    )
+    facts = [
+        dataclasses.replace(loaded.facts, tokens=token_bytes(encoder, loaded.checkpoint.vocab_size))
+        if method.reads_tokens else loaded.facts
+        for loaded, encoder in ((student, student_encoder), (teacher, teacher_encoder))
+        if loaded is not None and encoder is not None
+    ]  # fmt: skip
+    objective = method(recipe.objective, student=facts[0], teacher=facts[1] if teacher is not None else None)
     needs = objective.needs
+    _check_method(recipe, needs, len(samples))
+    if recipe.effective_method == "seqkd" and teacher is not None:
+        builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
     groups = [
         {"params": [p for p in student.model.parameters() if p.requires_grad], "lr": train.lr},
         {"params": list(objective.parameters()), "lr": train.aligner_lr or train.lr},
@@ -199,15 +207,50 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
         objective = accelerator.prepare(objective)
     accelerator.register_for_checkpointing(schedule)
     signal = None
-    if teacher is not None:
-        signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer)
+    if teacher is not None and needs:
+        attention = "attention" in needs
+        signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer, attention=attention)
         if train.remember_teacher:
             signal = RememberingTeacher(signal, needs)
     return _Job(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
-        checks=checks,
+        needs=needs, checks=checks,
     )  # fmt: skip
+
+
+def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None:
+    """What a method asks of the rest of the recipe."""
+    from evlecg.losses.objective import METHODS
+
+    name = recipe.effective_method
+    rows = min(recipe.train.batch_size, n_samples)
+    if rows < METHODS[name].least_rows:
+        raise EvlecgError(f"{name} compares the records of a batch with one another: {rows} are too few",
+                          where="train.batch_size", hint=f"at least {METHODS[name].least_rows}")  # fmt: skip
+    unkept = needs & {"attention", "logits"} if recipe.train.remember_teacher else frozenset()
+    if unkept:
+        raise EvlecgError(f"{name} reads the teacher's {' and '.join(sorted(unkept))}, which are not remembered",
+                          where="train.remember_teacher", hint="set train.remember_teacher=false")  # fmt: skip
+
+
+def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -> list:
+    """The training samples with the teacher's own answers (sequence-level distillation, Kim and Rush 2016)."""
+    from evlecg.models.score import Scorer
+
+    free = [question.text for sample in builder.samples for question in sample.questions if len(question.choices) < 2]
+    if free:
+        raise EvlecgError(f"{len(free)} questions have no choices: seqkd lets the teacher choose among answers",
+                          where="data.tasks", hint=f"yes_no or multiple_choice, not {free[0]!r}")  # fmt: skip
+    scorer = Scorer(teacher, builder.prepared, builder.style, size_px=builder.teacher.size_px)
+    scorer.prove_packing(max(builder.samples[:64], key=lambda sample: len(sample.questions)))
+    found: list = []
+    with progress.task("teacher's answers", len(builder.samples)) as advance:
+        for start in range(0, len(builder.samples), ANSWER_BATCH):
+            batch = builder.samples[start : start + ANSWER_BATCH]
+            found += scorer.answered(batch)
+            advance(len(batch))
+    return found
 
 
 def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[str, Any]:
@@ -273,13 +316,15 @@ def _step(job: _Job, group: list[Any], state: _Position, *, diagnose: bool, grad
         with contextlib.nullcontext() if last else accelerator.no_sync(job.model):
             with accelerator.autocast():
                 outputs = forward(
-                    job.student, batch.student, visual_layer=recipe.objective.visual_layer, model=job.model
-                )
+                    job.student, batch.student, visual_layer=recipe.objective.visual_layer, model=job.model,
+                    attention="attention" in job.needs,
+                )  # fmt: skip
             terms = job.objective(
                 outputs,
                 job.signal(batch) if job.signal is not None else None,
                 batch,
                 output_head=AnswerHead(job.student),
+                teacher_head=AnswerHead(job.teacher) if "heads" in job.needs and job.teacher is not None else None,
                 ramp=_ramp(recipe.objective.warmup, state.step, job.total_steps),
                 diagnose=diagnose and last,
             )

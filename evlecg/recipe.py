@@ -22,6 +22,10 @@ import yaml
 
 from evlecg.errors import EvlecgError
 
+METHOD_NAMES = (
+    "evl", "ce", "seqkd", "kl", "rkl", "jsd", "uld", "multilevel_ot", "dskd", "minilm", "rkd", "feature", "em_kd",
+)  # fmt: skip
+
 
 def _key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None) -> Any:
     """A recipe key: its default, what it means, and what it may be (`low` is the smallest allowed number)."""
@@ -179,6 +183,20 @@ class RelationConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """The methods beside EVL-ECG: one distillation term, whose share is `objective.alpha`."""
+
+    weight: float = _key(1.0, "weight of the term", low=0)
+    temperature: float = _key(1.0, "softmax temperature (kl, rkl, jsd, uld, multilevel_ot)", low=0.01)
+    beta: float = _key(0.5, "teacher's share of the mixture (jsd)", low=0.01)
+    top_k: int = _key(50, "ranks that are compared (multilevel_ot)", low=1)
+    log_weight: float = _key(0.1, "weight of the log part (multilevel_ot)", low=0)
+    sinkhorn_weight: float = _key(0.1, "weight of the Sinkhorn part (multilevel_ot)", low=0)
+    relation_heads: int = _key(4, "parts of a query, key or value that relate by themselves (minilm)", low=1)
+    grid: int = _key(6, "cells a side of the page grid (minilm)", low=1)
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """L = (1 - alpha) L_CE + alpha (lambda_m L_mhca + lambda_r L_rel + lambda_ot L_ot)."""
 
@@ -192,6 +210,7 @@ class ObjectiveConfig:
     align: AlignmentConfig = _section(AlignmentConfig)
     transport: TransportConfig = _section(TransportConfig)
     relation: RelationConfig = _section(RelationConfig)
+    baseline: BaselineConfig = _section(BaselineConfig)
 
 
 @dataclass(frozen=True)
@@ -227,7 +246,7 @@ class Recipe:
     name: str = _key("custom", "what the run is called")
     teacher: str = _key("builtin:teacher", "teacher checkpoint: path, hub id, builtin:NAME, or none")
     student: str = _key("builtin:student", "student checkpoint: path, hub id or builtin:NAME")
-    method: str = _key("evl", "what the student learns from", choices=("evl", "ce"))
+    method: str = _key("evl", "what the student learns from", choices=METHOD_NAMES)
     seed: int = _key(0, "seeds weights, order and augmentation", low=0)
     threads: int | None = _key(None, "torch threads; null: leave as they are", low=1)
     data: DataConfig = _section(DataConfig)

@@ -122,7 +122,8 @@ class Side:
         inputs: the model's keyword arguments, whatever the processor returned, padded on the right.
         valid_BS: bool, False on padding.
         block_BS: int, 0 for the shared prefix (system text and image), k for the k-th question, -1 for padding.
-        byte_end_BS: int, how many bytes of the answer's text a position has read: 0 before the answer.
+        byte_end_BS: int, how many bytes of the answer's text a position has read: 0 before the answer, one more than
+            the answer has from the end-of-turn mark on.
         answer_A2: int, (row, position) of every answer token, end-of-turn marks included, in reading order; the state
             one position before it predicts it.
         answer_ids_A: int, the ids of those tokens.
@@ -150,12 +151,14 @@ class Side:
 class Batch:
     """What one step reads: the same records and questions as the student and as the teacher see them.
 
+    `record_B` (int) says which of `sample_ids` a row shows: several rows where questions are not packed.
     `cell_lead_C` (int, index into `LEADS`, -1 where unknown) and `cell_time_C2` (seconds, NaN where unknown) name the
     cells of `Side.cell_box_BC4`.
     `teacher` is None when the run has no teacher.
     """
 
     sample_ids: tuple[str, ...]
+    record_B: Tensor
     student: Side
     teacher: Side | None
     cell_lead_C: Tensor
@@ -172,6 +175,7 @@ class Outputs:
         projected_BND: the projector's output, that is, what enters the language model at those positions.
         answer_logits_AV: logits that predict the tokens at `Side.answer_A2`.
         side: the half of the batch they were computed from.
+        attention: `query`, `key` and `value` [B,N,*] of the last layer at the visual positions, where asked for.
     """
 
     hidden_BSD: Tensor
@@ -179,6 +183,7 @@ class Outputs:
     projected_BND: Tensor
     answer_logits_AV: Tensor
     side: Side
+    attention: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,10 +193,13 @@ class ModelFacts:
     Attributes:
         width: of its hidden states.
         vocab_size: answers that its head tells apart (rows of the output head).
+        tokens: bytes of every row of the output head, None where it stands for no text; empty where nobody asked
+            (objectives with `reads_tokens` do).
     """
 
     width: int
     vocab_size: int
+    tokens: tuple[bytes | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,19 @@ class LiveTeacher:
     Args:
         loaded: the teacher's checkpoint in memory, already on its device.
         visual_layer: hidden layer whose visual tokens the losses compare.
+        attention: the losses read the last layer's queries, keys and values, too.
     """
 
-    def __init__(self, loaded: Loaded, *, visual_layer: int) -> None:
+    def __init__(self, loaded: Loaded, *, visual_layer: int, attention: bool = False) -> None:
         self.loaded = loaded
         self.loaded.model.eval().requires_grad_(False)
         self.visual_layer = visual_layer
+        self.attention = attention
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
         assert batch.teacher is not None and not self.loaded.model.training
-        return forward(self.loaded, batch.teacher, visual_layer=self.visual_layer)
+        return forward(self.loaded, batch.teacher, visual_layer=self.visual_layer, attention=self.attention)
 
 
 class RememberingTeacher:

@@ -57,7 +57,7 @@ def test_a_side_says_what_its_positions_mean(checkpoints, family):
             read = [
                 len(encoder.tokenizer.decode(ids[row, chosen[: n + 1]]).strip().encode()) for n in range(len(chosen))
             ]
-            expected = [min(n_bytes, len(turn.answer)) for n_bytes in read]  # the end mark adds no byte of the answer
+            expected = [min(n_bytes, len(turn.answer) + 1) for n_bytes in read]  # the end mark counts as one byte
             assert side.byte_end_BS[row, chosen].tolist() == expected
             assert chosen == list(range(chosen[0], chosen[-1] + 1))
     assert (side.block_BS[1] == -1).sum() == (~side.valid_BS[1]).sum() > 0

@@ -65,7 +65,9 @@ def make_batch(rows: int = 3) -> Batch:
         cells=cells,
     )
     time = torch.tensor([[0.0, 2.5], [2.5, 5.0]] * 2)
-    return Batch(tuple(f"r{row}" for row in range(rows)), student, teacher, torch.tensor([0, 0, 1, 1]), time)
+    return Batch(
+        tuple(f"r{row}" for row in range(rows)), torch.arange(rows), student, teacher, torch.tensor([0, 0, 1, 1]), time
+    )
 
 
 def build(config: ObjectiveConfig, *, seed: int = 0) -> EvlObjective:

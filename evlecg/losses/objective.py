@@ -32,19 +32,13 @@ from evlecg.losses.alignment import (
     visible_mask,
     visual_states,
 )
+from evlecg.losses.baselines import BASELINES, Baseline
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
+from evlecg.losses.terms import answer_cross_entropy, weighted
 from evlecg.losses.transport import Transport, page_cost, plan_diagnostics, token_lead, transport_loss
 from evlecg.recipe import ObjectiveConfig
 from evlecg.schema import Batch, LossTerms, ModelFacts, Outputs, Side
-
-
-@full_precision
-def answer_cross_entropy(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
-    """Mean cross-entropy over answer tokens in float32; zero, still on the graph, where there are none."""
-    if len(targets_A) == 0:
-        return logits_AV.sum()
-    return F.cross_entropy(logits_AV, targets_A)
 
 
 class CeObjective(nn.Module):
@@ -54,6 +48,9 @@ class CeObjective(nn.Module):
         config: unused; every objective is made alike.
         student, teacher: unused.
     """
+
+    reads_tokens = False
+    least_rows = 1
 
     def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
@@ -70,11 +67,12 @@ class CeObjective(nn.Module):
         batch: Batch,
         *,
         output_head: nn.Module,
+        teacher_head: nn.Module | None = None,
         ramp: float = 1.0,
         diagnose: bool = False,
     ) -> LossTerms:
         """See `EvlObjective.forward`; reads `student` only."""
-        return _weighted({"ce": answer_cross_entropy(student.answer_logits_AV, student.side.answer_ids_A)}, {"ce": 1})
+        return weighted({"ce": answer_cross_entropy(student.answer_logits_AV, student.side.answer_ids_A)}, {"ce": 1})
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,9 @@ class EvlObjective(nn.Module):
         EvlecgError: a configuration that cannot work (heads that do not divide the width, `alpha` above 1, relations
             to aligned states that nothing trains).
     """
+
+    reads_tokens = False
+    least_rows = 1
 
     def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
@@ -159,6 +160,7 @@ class EvlObjective(nn.Module):
         batch: Batch,
         *,
         output_head: nn.Module,
+        teacher_head: nn.Module | None = None,
         ramp: float = 1.0,
         diagnose: bool = False,
     ) -> LossTerms:
@@ -169,6 +171,7 @@ class EvlObjective(nn.Module):
             teacher: without gradient, the same records in the same order.
             batch: names the lead x time cells; its halves are those of the outputs.
             output_head: the student's (`models.outputs.AnswerHead`); read frozen, by the anchor.
+            teacher_head: the teacher's; read by `dskd` alone.
             ramp: share of the distillation weights in force. The anchor is exempt: it moves the aligner only, which
                 had better be right by the time the student is pulled toward it.
             diagnose: fill `diagnostics`. Costs a second pass of the terms with the teacher's batch rolled by one,
@@ -184,12 +187,12 @@ class EvlObjective(nn.Module):
             "ot": config.alpha * ramp * config.lambda_ot,
         }
         if not self.needs:
-            return _weighted(values, weights)
+            return weighted(values, weights)
         if teacher is None:
             raise ValueError("this objective reads a teacher, and was given none")
         terms = self._terms(student, teacher, batch, output_head)
         diagnostics = self._diagnose(terms, student, teacher, batch, output_head) if diagnose else {}
-        return _weighted({**values, **terms.values}, weights, diagnostics)
+        return weighted({**values, **terms.values}, weights, diagnostics)
 
     def _terms(self, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module) -> _Terms:
         """Every distillation term, before weighting."""
@@ -309,7 +312,12 @@ class EvlObjective(nn.Module):
         return {name: value for name, value in found.items() if value is not None}
 
 
-METHODS: dict[str, type[EvlObjective] | type[CeObjective]] = {"evl": EvlObjective, "ce": CeObjective}
+METHODS: dict[str, type[EvlObjective | CeObjective | Baseline]] = {
+    "evl": EvlObjective,
+    "ce": CeObjective,
+    "seqkd": CeObjective,  # on the teacher's answers, which the job asks for before the first step
+    **BASELINES,
+}
 
 _FEATURES = {"last": "visual", "projected": "projected"}  # recipe's word -> what a model must offer
 
@@ -334,12 +342,3 @@ def _rolled(teacher: Outputs) -> Outputs:
     side = replace(teacher.side, **{name: getattr(teacher.side, name).roll(1, 0) for name in rows})
     states = ("hidden_BSD", "visual_BND", "projected_BND")
     return replace(teacher, side=side, **{name: getattr(teacher, name).roll(1, 0) for name in states})
-
-
-def _weighted(
-    values: dict[str, Tensor], weights: dict[str, float], diagnostics: dict[str, float] | None = None
-) -> LossTerms:
-    """Terms with their total; weights of terms that were not computed are dropped."""
-    weights = {name: float(weights[name]) for name in values}
-    total = torch.stack([values[name] * weights[name] for name in values]).sum()
-    return LossTerms(total, values, weights, diagnostics or {})

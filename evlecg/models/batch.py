@@ -78,6 +78,9 @@ class BatchBuilder:
         _, lead_C, time_C2 = batch_cells(layouts)
         return Batch(
             sample_ids=tuple(sample.record_id for sample in chosen),
+            record_B=torch.tensor(
+                [row for row, asked in enumerate(turns) for _ in (asked[:1] if self.packed else asked)]
+            ),
             student=student,
             teacher=teacher,
             cell_lead_C=torch.from_numpy(lead_C),

@@ -198,8 +198,9 @@ class Encoder:
         answer_stop = answer_start + len(turn.answer)
         # a token belongs to the answer when it ends behind the prompt; end-of-turn marks do, white space before does
         is_answer = tuple(end > len(prompt) for _, end in offsets[start:])
+        # the end-of-turn mark counts as one more byte: it is read after the answer, not with its last byte
         byte_end = tuple(
-            len(full[answer_start : min(end, answer_stop)].encode()) if end > answer_start else 0
+            len(full[answer_start : min(end, answer_stop)].encode()) + (end > answer_stop) if end > answer_start else 0
             for _, end in offsets[start:]
         )
         return _Tail(tuple(ids[start:]), is_answer, byte_end)

@@ -6,7 +6,9 @@ a gather, and layer 0 at those positions is the projector's output: no family ne
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from evlecg.page.render import Page
 from evlecg.schema import Batch, Outputs, Side
 
 
-def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = None) -> Outputs:
+def forward(
+    loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = None, attention: bool = False
+) -> Outputs:
     """Runs a model on its half of a batch.
 
     Args:
@@ -27,6 +31,7 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
         side: its half, on its device.
         visual_layer: hidden layer whose visual tokens are returned.
         model: the model as accelerate wrapped it; None: the bare one.
+        attention: also return the last layer's queries, keys and values at the visual positions.
     """
     model = loaded.model if model is None else model
     forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
@@ -37,7 +42,8 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
     keep_U, place_A = torch.unique(predict_A2[:, 1] - 1, return_inverse=True)
     if "logits_to_keep" in forward_keys:
         inputs["logits_to_keep"] = keep_U
-    result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
+    with _last_attention(loaded) if attention else contextlib.nullcontext({}) as seen:
+        result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
     logits_BUV = result.logits
     if "logits_to_keep" not in forward_keys:
         logits_BUV = logits_BUV[:, keep_U]
@@ -48,7 +54,42 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
         projected_BND=gather_visual(layers[0], side.visual_BS),
         answer_logits_AV=logits_BUV[predict_A2[:, 0], place_A],
         side=side,
+        attention={name: gather_visual(states_BSD, side.visual_BS) for name, states_BSD in seen.items()},
     )
+
+
+@contextlib.contextmanager
+def _last_attention(loaded: Loaded) -> Iterator[dict[str, Tensor]]:
+    """Fills a dict with what the last layer's query, key and value projections return, [B,S,*].
+
+    Raises:
+        EvlecgError: the family's language model has no such projections (it fuses them, or does not attend).
+    """
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    found: dict[str, Any] = {}
+    for path, module in loaded.model.get_decoder().named_modules():
+        kind = next((name for name, suffix in names.items() if path.endswith(f"self_attn.{suffix}")), None)
+        if kind:
+            found[kind] = module  # the last one stays
+    if set(found) != set(names):
+        raise EvlecgError(
+            "the language model has no separate query, key and value projections", where=loaded.checkpoint.name,
+            hint="--method minilm cannot read this family",
+        )  # fmt: skip
+    seen: dict[str, Tensor] = {}
+
+    def keep(kind: str) -> Any:
+        def hook(module: Any, given: Any, result: Tensor) -> None:
+            seen[kind] = result
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(kind)) for kind, module in found.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class AnswerHead(nn.Module):
@@ -61,10 +102,17 @@ class AnswerHead(nn.Module):
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
         self.head = loaded.model.get_output_embeddings()
+        self._words = (loaded.model.get_input_embeddings(),)  # in a tuple: read, but no part of this module
 
     def forward(self, states_AD: Tensor, side: Side) -> Tensor:
         """Logits [A,V] of the tokens at `side.answer_A2`, given the states that predict them."""
         return self.head(states_AD)
+
+    def embed(self, side: Side) -> Tensor:
+        """Embeddings of every answer token and of the one before it, [A,2,D]: the one before comes first."""
+        row_A, place_A = side.answer_A2.unbind(1)
+        before_A = side.inputs["input_ids"][row_A, place_A - 1]
+        return self._words[0](torch.stack([before_A, side.answer_ids_A], dim=1))
 
 
 def tree_mask(block_BS: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -44,9 +45,33 @@ class Scorer:
         turns = [turn for question in sample.questions for turn in self._turns(question)]
         self.packed, self.packing_note = can_pack(self.loaded, self.encoder, page, turns)
 
-    @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Iterator[Prediction]:
         """Scores the labels of a few samples (one batch)."""
+        for sample, question, logp in self._choices(samples):
+            yield Prediction(
+                record_id=sample.record_id,
+                patient_id=self.prepared.patient_ids[sample.record_index],
+                label=question.label or question.text,
+                score=float(logp.softmax(0)[0]),
+                truth=question.answer == question.choices[0],
+            )
+
+    def answered(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples (one batch) with the model's likeliest choice as the answer to every question."""
+        answers: dict[tuple[str, str], str] = {}
+        for sample, question, logp in self._choices(samples):
+            answers[(sample.record_id, question.text)] = question.choices[int(logp.argmax())]
+        return [
+            dataclasses.replace(sample, questions=tuple(
+                dataclasses.replace(question, answer=answers[(sample.record_id, question.text)])
+                for question in sample.questions
+            ))
+            for sample in samples
+        ]  # fmt: skip
+
+    @torch.no_grad()
+    def _choices(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Question, torch.Tensor]]:
+        """Every question of a few samples with the log likelihoods of its choices, float64."""
         model = self.loaded.model.eval()
         pages = [draw(self.prepared, sample.record_index, self.encoder.size_px, self.style) for sample in samples]
         asked = [
@@ -86,13 +111,7 @@ class Scorer:
             for question in sample.questions:
                 found = likelihoods[(row, question.text)]
                 values = torch.tensor([found[place] for place in range(len(question.choices))], dtype=torch.float64)
-                yield Prediction(
-                    record_id=sample.record_id,
-                    patient_id=self.prepared.patient_ids[sample.record_index],
-                    label=question.label or question.text,
-                    score=float(values.softmax(0)[0]),
-                    truth=question.answer == question.choices[0],
-                )
+                yield sample, question, values
 
     def _turns(self, question: Question) -> list[Turn]:
         """The texts to run: one where every choice is a single token, else one a choice."""

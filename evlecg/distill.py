@@ -26,6 +26,8 @@ from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.report import environment
 
+WEAK_SHARE = 0.01  # of the gradient; a term below it changes next to nothing
+PROBE_RECORDS = 8  # that figures and spectra are taken from
 ANSWER_BATCH = 16  # records a forward pass when the teacher is asked for its answers
 MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
 
@@ -81,7 +83,11 @@ def distill(
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
     state = _restore(job, out, progress) if resume else _Position()
+    if state.step == 0:
+        _spectra(job, out, "before")
     last = _loop(job, state, out, progress)
+    _spectra(job, out, "after")
+    _figures(job, out)
 
     seconds = time.monotonic() - start_s
     result = RunResult(out, state.step, seconds, len(samples), job.student.n_parameters, last)
@@ -99,12 +105,14 @@ class _Position:
     epoch: int = 0
     batch: int = 0  # batches of this epoch already read
     step: int = 0  # optimizer steps taken
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)  # of balanced terms
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.scales = state.get("scales", {})
 
 
 @dataclass(frozen=True)
@@ -260,6 +268,7 @@ def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[st
     recipe, accelerator = job.recipe, job.accelerator
     row: dict[str, Any] = {}
     bad_steps, saved_at = 0, state.step
+    weak: set[str] = set()
     start_s, first_step = time.monotonic(), state.step
     job.model.train()
     with _metrics_file(out, state.step) as log, progress.task(recipe.name, job.total_steps) as advance:
@@ -283,6 +292,11 @@ def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[st
                     continue
                 bad_steps = 0
                 state.step += 1
+                for name, share in _weak(told.get("gradients", {})).items() if state.step > 1 else ():
+                    if name not in weak:
+                        weak.add(name)
+                        progress.warn(f"step {state.step}: the term {name} is {share:.2%} of the gradient; raise its "
+                                      "weight, or set objective.balance=gradnorm")  # fmt: skip
                 if wants_row or wants_gradients:
                     row = {"step": state.step, "epoch": state.epoch, "seconds": time.monotonic() - start_s, **told}
                     if accelerator.is_main_process:
@@ -306,6 +320,7 @@ def _step(job: _Job, group: list[Any], state: _Position, *, diagnose: bool, grad
     """One optimizer step over a group of batches; what to log of its last batch, or None where a loss is not finite."""
     import torch
 
+    from evlecg.losses.terms import balanced, rescaled
     from evlecg.models.outputs import AnswerHead, forward, to_device
 
     recipe, accelerator = job.recipe, job.accelerator
@@ -331,6 +346,10 @@ def _step(job: _Job, group: list[Any], state: _Position, *, diagnose: bool, grad
             if not bool(torch.isfinite(terms.total)):
                 job.optimizer.zero_grad()
                 return None
+            balance = recipe.objective.balance != "none" and state.step % recipe.objective.balance_every == 0
+            if last and balance:
+                state.scales = balanced(state.scales, _term_gradients(job, terms), terms.weights)
+            terms = rescaled(terms, state.scales)
             if last and gradients:
                 told["gradients"] = _term_gradients(job, terms)
             accelerator.backward(terms.total / len(group))
@@ -366,7 +385,16 @@ def _term_gradients(job: _Job, terms: Any) -> dict[str, float]:
             continue
         found = torch.autograd.grad(value * terms.weights[name], parameters, retain_graph=True, allow_unused=True)
         norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
+    if job.accelerator.num_processes > 1:  # every process must balance alike
+        mean = job.accelerator.reduce(torch.tensor(list(norms.values()), device=job.accelerator.device), "mean")
+        norms = dict(zip(norms, mean.tolist(), strict=True))
     return norms
+
+
+def _weak(gradients: dict[str, float]) -> dict[str, float]:
+    """Distillation terms below `WEAK_SHARE` of all terms' gradient norms on the student, with their shares."""
+    total = sum(gradients.values())
+    return {name: norm / total for name, norm in gradients.items() if name != "ce" and norm < WEAK_SHARE * total}
 
 
 def _ramp(warmup: float, step: int, total: int) -> float:
@@ -438,6 +466,96 @@ def _restore(job: _Job, out: Path, progress: Progress) -> _Position:
     state.load_state_dict(json.loads(found[-1].read_text()))
     progress.info(f"going on from step {state.step} ({found[-1].parent})")
     return state
+
+
+def _probe(job: _Job) -> tuple[Any, Any, Any, Any] | None:
+    """A few clean training records as both models see them: (batch, pages, student's outputs, teacher's or None)."""
+    import torch
+
+    from evlecg.models.batch import draw
+    from evlecg.models.outputs import forward, to_device
+
+    if not job.recipe.log.figures or not job.accelerator.is_main_process:
+        return None
+    builder = dataclasses.replace(job.builder, augment=None)
+    if job.signal is None:
+        builder = dataclasses.replace(builder, teacher=None)
+    places = range(min(PROBE_RECORDS, len(builder.samples)))
+    batch = to_device(builder(places), job.accelerator.device)
+    pages = [draw(builder.prepared, builder.samples[0].record_index, builder.student.size_px, builder.style)]
+    training = job.student.model.training
+    job.student.model.eval()
+    with torch.no_grad():
+        outputs = forward(job.student, batch.student, visual_layer=job.recipe.objective.visual_layer)
+        taught = job.signal(batch) if job.signal is not None else None
+    job.student.model.train(training)
+    return batch, pages, outputs, taught
+
+
+def _spectra(job: _Job, out: Path, when: str) -> None:
+    """Singular values of the probe's visual tokens, kept for the figure of a run that may be resumed in between."""
+    import numpy as np
+
+    from evlecg.figures import singular_values
+
+    found = _probe(job)
+    if found is None:
+        return
+    _, _, student, teacher = found
+    sides = {f"student {when}": student} | ({"teacher": teacher} if teacher is not None else {})
+    spectra = {
+        name: singular_values(outputs.visual_BND[outputs.side.visual_mask_BN].float().cpu().numpy())
+        for name, outputs in sides.items()
+        if outputs.visual_BND.shape[-1]
+    }
+    (out / "figures").mkdir(exist_ok=True)
+    np.savez(out / "figures" / f"spectra-{when}.npz", **spectra)
+
+
+def _figures(job: _Job, out: Path) -> None:
+    """RUN/figures: curves, singular values before and after, and the transport plan of the first record."""
+    import numpy as np
+    import torch
+
+    from evlecg.figures import TokenPlaces, curves_figure, spectrum_figure, transport_figure
+    from evlecg.losses.transport import token_lead
+
+    found = _probe(job)
+    if found is None:
+        return
+    folder = out / "figures"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    curves_figure(folder, rows)
+    spectra: dict[str, Any] = {}
+    for when in ("before", "after"):
+        path = folder / f"spectra-{when}.npz"
+        if path.exists():  # a run from before figures existed, gone on with, has no "before"
+            with np.load(path) as held:
+                spectra |= {name: held[name] for name in held.files}
+            path.unlink()
+    spectrum_figure(folder, {name: spectra[name] for name in sorted(spectra, reverse=True)})
+    batch, pages, student, teacher = found
+    transport = getattr(job.accelerator.unwrap_model(job.objective), "transport", None)
+    if teacher is None or transport is None:
+        return
+    with torch.no_grad():
+        solved = transport(student, teacher, batch)
+    if solved is None:
+        return
+    places, kept = [], []
+    for side in (teacher.side, student.side):
+        lead_BN = token_lead(side.visual_box_BN4, side.visual_mask_BN, side.cell_box_BC4, batch.cell_lead_C)
+        valid_N = side.visual_mask_BN[0].cpu().numpy()
+        box_N4 = side.visual_box_BN4[0].cpu().numpy()[valid_N]
+        middles_N2 = np.stack([box_N4[:, [0, 2]].mean(1), box_N4[:, [1, 3]].mean(1)], 1)
+        _, time_s_N = pages[0].layout.paper.locate(middles_N2)
+        places.append(TokenPlaces(lead_BN[0].cpu().numpy()[valid_N], time_s_N, box_N4))
+        kept.append(valid_N)
+    cost_NM = solved.cost_BNM[0].float().cpu().numpy()[np.ix_(*kept)]
+    transport_figure(
+        folder, plan_NM=solved.plan_BNM[0].float().cpu().numpy()[np.ix_(*kept)], cost_NM=cost_NM / cost_NM.mean(),
+        teacher=places[0], student=places[1], page_HW3=pages[0].pixels, record=batch.sample_ids[0],
+    )  # fmt: skip
 
 
 def _save_student(job: _Job, out: Path) -> None:

@@ -206,6 +206,12 @@ class ObjectiveConfig:
     lambda_r: float = _key(10.0, "weight of geometric relations", low=0)
     lambda_ot: float = _key(0.1, "weight of optimal transport", low=0)
     warmup: float = _key(0.0, "share of the steps in which the distillation terms ramp up", low=0)
+    balance: str = _key(
+        "none",
+        "gradnorm: a term's weight is the size of its gradient on the student, relative to that of cross-entropy",
+        choices=("none", "gradnorm"),
+    )
+    balance_every: int = _key(20, "steps between two measurements of the gradients that are balanced", low=1)
     visual_layer: int = _key(-1, "hidden layer whose visual tokens are compared (-1: the last)")
     align: AlignmentConfig = _section(AlignmentConfig)
     transport: TransportConfig = _section(TransportConfig)
@@ -219,6 +225,7 @@ class LogConfig:
 
     every: int = _key(10, "steps between log lines", low=1)
     gradients_every: int = _key(50, "steps between gradient norms of every term; 0 never", low=0)
+    figures: bool = _key(True, "draw transport plan, singular values and curves into RUN/figures")
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,10 @@ class EvlObjective(nn.Module):
         anchor = answer_cross_entropy(logits_AV, student.side.answer_ids_A)
         return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits_AV)
 
+    def transport(self, student: Outputs, teacher: Outputs, batch: Batch) -> Transport | None:
+        """Plan and cost of a batch, None where the objective transports nothing."""
+        return None if self.projection is None else self._transport(self.projection, student, teacher, batch)
+
     def _scope(self, side: Side, predicting_BS: Tensor) -> Tensor:
         """Student positions that the alignment term is taken over."""
         return {"all": side.valid_BS, "visual": side.visual_BS, "answer": predicting_BS}[self.config.align.scope]

@@ -18,18 +18,13 @@ Shape legend: B batch rows, N teacher tokens, M student tokens, D common width, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from evlecg.losses.sinkhorn import transport_plan
 from evlecg.losses.stable import full_precision, layer_normalised, masked_mean, squared_distance, zero_where_masked
-
-BLOCK = 10  # Sinkhorn iterations between absorptions
-NEWTON_STEPS = 6  # after a block; each must lower the error or the next block begins
-NEWTON_WIDTH = 2048  # above this many tokens on the smaller side the dense system costs more than it saves
-NEWTON_REACH = 1.0  # largest change of a potential in one Newton step, in epsilons
 
 
 @dataclass(frozen=True)
@@ -45,118 +40,6 @@ class Transport:
     loss: Tensor
     plan_BNM: Tensor
     cost_BNM: Tensor
-
-
-@torch.no_grad()  # envelope theorem: the plan is constant in the gradient
-@full_precision
-def transport_plan(cost_BNM: Tensor, a_mask_BN: Tensor, b_mask_BM: Tensor, *, epsilon: float, steps: int) -> Tensor:
-    """Entropic transport plan between uniform distributions over the valid tokens of each side.
-
-    Args:
-        cost_BNM: cost of moving mass from token n to token m; any scale.
-        a_mask_BN: bool, valid tokens of the first side.
-        b_mask_BM: bool, valid tokens of the second side.
-        epsilon: entropic regularisation, as a share of each sample's mean cost over valid pairs.
-        steps: most Sinkhorn iterations; fewer are run once the marginals hold.
-
-    Returns:
-        [B, N, M], without gradient; zero where either token is invalid, and for samples without tokens on a side.
-    """
-    plan_BNM = torch.zeros_like(cost_BNM)
-    for sample, (a_mask_N, b_mask_M) in enumerate(zip(a_mask_BN, b_mask_BM, strict=True)):
-        rows_n, columns_m = a_mask_N.nonzero()[:, 0], b_mask_M.nonzero()[:, 0]
-        if len(rows_n) == 0 or len(columns_m) == 0:
-            continue
-        whole = len(rows_n) == cost_BNM.shape[1] and len(columns_m) == cost_BNM.shape[2]
-        cost_nm = cost_BNM[sample] if whole else cost_BNM[sample][rows_n[:, None], columns_m]
-        cost_nm = cost_nm / cost_nm.mean().clamp_min(torch.finfo(cost_nm.dtype).tiny)
-        if len(rows_n) >= len(columns_m):
-            plan_nm = _solve(cost_nm, epsilon, steps)
-        else:  # Newton's system has the size of the second side
-            plan_nm = _solve(cost_nm.T.contiguous(), epsilon, steps).T
-        if whole:
-            plan_BNM[sample] = plan_nm
-        else:
-            plan_BNM[sample, rows_n[:, None], columns_m] = plan_nm
-    return plan_BNM
-
-
-def _solve(cost_NM: Tensor, epsilon: float, steps: int) -> Tensor:
-    """The plan of one sample without masks; N >= M. NaN costs give a NaN plan: a diverged model shows in the loss."""
-    tolerance = 1e-11 if cost_NM.dtype == torch.float64 else 1e-5  # float32 stalls near 2e-6
-    # c-transforms as first potentials: every row and column of the kernel then holds a 1, however small epsilon is
-    row_N1 = cost_NM.amin(1, keepdim=True)
-    column_1M = (cost_NM - row_N1).amin(0, keepdim=True)
-    done = 0
-    while True:
-        block = min(BLOCK, steps - done)
-        kernel_NM = ((row_N1 + column_1M - cost_NM) / epsilon).exp_()
-        v_M = _sinkhorn(kernel_NM, block)
-        if v_M is None:
-            row_N1, column_1M = _sinkhorn_log(cost_NM, column_1M, epsilon, block)
-            kernel_NM = ((row_N1 + column_1M - cost_NM) / epsilon).exp_()
-            v_M = torch.ones_like(column_1M[0])
-        u_N, v_M, error = _newton(kernel_NM, v_M, tolerance)
-        done += block
-        if error <= tolerance or done >= steps:
-            return kernel_NM.mul_(u_N[:, None]).mul_(v_M)
-        row_N1 = row_N1 + epsilon * u_N.log()[:, None]
-        column_1M = column_1M + epsilon * v_M.log()
-
-
-def _sinkhorn(kernel_NM: Tensor, iterations: int) -> Tensor | None:
-    """Scaling v after some iterations in kernel form, or None where a scaling left the range that can be trusted."""
-    n, m = kernel_NM.shape
-    u_N, v_M = kernel_NM.new_ones(n), kernel_NM.new_ones(m)
-    for _ in range(iterations):
-        u_N = (1 / n) / torch.mv(kernel_NM, v_M)
-        v_M = (1 / m) / torch.mv(kernel_NM.T, u_N)
-    limit = torch.finfo(kernel_NM.dtype).max ** 0.6
-    scalings = torch.cat([u_N, v_M])
-    # NaN fails both comparisons; the bound on 1/x also catches sums that underflowed to zero
-    return v_M if bool((scalings < limit).all() and (scalings > 1 / limit).all()) else None
-
-
-def _sinkhorn_log(cost_NM: Tensor, column_1M: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """The same iterations on potentials: slow, and safe at any epsilon."""
-    n, m = cost_NM.shape
-    row_N1 = cost_NM.new_zeros(n, 1)
-    for _ in range(iterations):
-        row_N1 = -epsilon * (math.log(n) + torch.logsumexp((column_1M - cost_NM) / epsilon, 1, keepdim=True))
-        column_1M = -epsilon * (math.log(m) + torch.logsumexp((row_N1 - cost_NM) / epsilon, 0, keepdim=True))
-    return row_N1, column_1M
-
-
-def _newton(kernel_NM: Tensor, v_M: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
-    """Newton's method on the dual in the potential of the second side; the first side's rows are always exact.
-
-    Returns:
-        Scalings u, v and the column error: the sum of |column sum - 1/M|, the best that was reached.
-    """
-    n, m = kernel_NM.shape
-    u_N = (1 / n) / torch.mv(kernel_NM, v_M)
-    best = (u_N, v_M, math.inf)
-    for step in range(NEWTON_STEPS + 1):
-        column_M = v_M * torch.mv(kernel_NM.T, u_N)
-        residual_M = 1 / m - column_M
-        error = float(residual_M.abs().sum())
-        if not error < best[2]:  # too far from the solution for its quadratic model, or at float's floor
-            return best
-        best = (u_N, v_M, error)
-        if error <= tolerance or step == NEWTON_STEPS or m > NEWTON_WIDTH:
-            return best
-        share_NM = kernel_NM * u_N[:, None]
-        hessian_MM = (share_NM.T @ share_NM).mul_(-n * v_M[:, None] * v_M)
-        # constants are in its null space: adding 1/M everywhere picks the solution without one
-        hessian_MM += 1 / m
-        hessian_MM.diagonal().add_(column_M).add_(1e-6 / m)
-        factor_MM, failed = torch.linalg.cholesky_ex(hessian_MM)
-        if failed:
-            return best
-        change_M = torch.cholesky_solve(residual_M[:, None], factor_MM)[:, 0]
-        v_M = v_M * change_M.clamp(-NEWTON_REACH, NEWTON_REACH).exp()
-        u_N = (1 / n) / torch.mv(kernel_NM, v_M)
-    return best
 
 
 @full_precision

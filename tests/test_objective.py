@@ -393,7 +393,7 @@ def test_diagnostics_are_plain_floats_and_do_not_touch_the_loss() -> None:
     assert all(type(value) is float for value in loud.diagnostics.values())
     assert set(loud.diagnostics) == {
         "mhca_variance_share", "student_variance_share", "anchor_accuracy", "mhca_rolled_gap", "anchor_rolled_gap",
-        "ot_entropy", "ot_marginal_error", "ot_mass_in_lead", "ot_rolled_gap", "rel_cells", "rel_rolled_gap",
+        "ot_entropy", "ot_marginal_error", "ot_mass", "ot_mass_in_lead", "ot_rolled_gap", "rel_cells", "rel_rolled_gap",
     }  # fmt: skip
     alone = make_batch(rows=1)
     terms = objective(*make_pair(alone), alone, output_head=head, diagnose=True)

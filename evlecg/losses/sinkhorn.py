@@ -14,7 +14,7 @@ Chosen by measurement (`python -m tests.bench.transport`; METHOD's costs, epsilo
 - On unstructured tokens Sinkhorn itself converges in four or five iterations. The rate of the last two iterations tells
   which of the two finishes sooner.
 - The residual of Newton's equation is taken between logarithms, col * log(target / col): exact for a token whose
-  coupling to others is weak, where the plain residual overshoots.
+  coupling to others is weak, where the plain residual overshoots. Steps that reach too far are shortened as a whole.
 - Starting at a larger epsilon gained nothing, nor did c-transforms as first potentials; these serve where costs
   span more than the kernel's range.
 - Samples are solved one after another on their valid tokens only, so that one kernel stays in cache (batched products
@@ -38,11 +38,13 @@ from evlecg.losses.stable import full_precision
 
 WARM_UP = 3  # iterations before the first Newton step
 NEWTON_COST_A_COLUMN, NEWTON_COST = 1 / 12, 4  # what a Newton matrix costs, in iterations (measured; one thread)
+PESSIMISM = 4  # Sinkhorn's rate gets worse as fast modes die out: so many times the iterations it promises
 NEWTON_WIDTH = 2048  # above this many tokens on the smaller side the dense system costs more than it saves
-NEWTON_REACH = 2.0  # largest change of a potential in one Newton step, in epsilons
+NEWTON_REACH = 4.0  # largest change of a potential in one Newton step, in epsilons
 NEWTON_LOCAL = 1e-2  # error below which Newton should converge at once: if not, its matrix is too rough an estimate
 CONTRACTION = 0.3  # a Newton matrix is renewed when a step leaves more of the error than this
 DIVERGENCE = 3.0  # a Newton step that leaves more than so many times the least error is taken back
+STALLS = 3  # so many Newton matrices in a row without progress send the solver back to plain iterations
 CHECK = 5  # iterations between looks at the range of the scalings
 BLOCK = 10  # iterations in the log domain, or without Newton after a step that failed
 ROWS_A_COLUMN = 2  # rows that estimate the Newton matrix, for each of its columns
@@ -93,9 +95,9 @@ def transport_plan(
     cost_BNM = cost_BNM.detach()
     if tolerance is None:
         tolerance = 1e-11 if cost_BNM.dtype == torch.float64 else 1e-5  # float32 stalls near 2e-6
-    a_BN = uniform_marginals(a_mask_BN, like=cost_BNM) if a_BN is None else a_BN.to(cost_BNM.dtype) * a_mask_BN
-    b_BM = uniform_marginals(b_mask_BM, like=cost_BNM) if b_BM is None else b_BM.to(cost_BNM.dtype) * b_mask_BM
-    has_a_BN, has_b_BM = a_BN > 0, b_BM > 0
+    mass_BN = _masses(a_BN, a_mask_BN, like=cost_BNM)
+    mass_BM = _masses(b_BM, b_mask_BM, like=cost_BNM)
+    has_a_BN, has_b_BM = mass_BN > 0, mass_BM > 0
     whole_B = (has_a_BN.all(1) & has_b_BM.all(1)).tolist()
     plan_BNM = torch.empty_like(cost_BNM, memory_format=torch.contiguous_format)
     slack = 0.0 if relax is None else epsilon / relax
@@ -104,7 +106,7 @@ def transport_plan(
     def solve(sample: int) -> None:
         cost_nm, plan_nm = cost_BNM[sample], plan_BNM[sample]
         if whole_B[sample]:
-            _solve_into(plan_nm, cost_nm, a_BN[sample], b_BM[sample], epsilon, slack, steps, tolerance)
+            _solve_into(plan_nm, cost_nm, mass_BN[sample], mass_BM[sample], epsilon, slack, steps, tolerance)
             return
         plan_nm.zero_()
         row_n, column_m = has_a_BN[sample].nonzero()[:, 0], has_b_BM[sample].nonzero()[:, 0]
@@ -112,12 +114,20 @@ def transport_plan(
             return
         cost_nm = cost_nm[row_n[:, None], column_m]
         part_nm = torch.empty_like(cost_nm)
-        a_n, b_m = a_BN[sample, row_n], b_BM[sample, column_m]
+        a_n, b_m = mass_BN[sample, row_n], mass_BM[sample, column_m]
         _solve_into(part_nm, cost_nm, a_n, b_m, epsilon, slack, steps, tolerance)
         plan_nm[row_n[:, None], column_m] = part_nm
 
     _on_all_cores(solve, len(cost_BNM), on_cpu=cost_BNM.device.type == "cpu")
     return plan_BNM
+
+
+def _masses(given_BN: Tensor | None, mask_BN: Tensor, *, like: Tensor) -> Tensor:
+    """A side's marginal in the dtype of the cost, summing to 1 as exactly as it can: sides that differ never agree."""
+    if given_BN is None:
+        return uniform_marginals(mask_BN, like=like)
+    mass_BN = given_BN.to(like.dtype) * mask_BN
+    return mass_BN / mass_BN.sum(1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
 
 
 def _on_all_cores(work: Callable[[int], None], count: int, *, on_cpu: bool) -> None:
@@ -229,7 +239,7 @@ class _Solver:
         best_M = retreat_M = v_M = self.columns.mass_N
         factor_MM: Tensor | None = None
         used = -1  # steps taken with the Newton matrix in force; -1: the last step was not Newton's
-        from_log = False
+        stalled, from_log = 0, False
         while True:
             sums_N = torch.mv(self.kernel_NM, v_M)
             u_N = self.rows.fitted(sums_N)
@@ -242,14 +252,14 @@ class _Solver:
                 best_error, best_M = error, v_M
             if best_error <= tolerance or (iteration >= steps and (best_error < math.inf or from_log)):
                 break
-            if used >= 0 and not error <= DIVERGENCE * best_error:  # NaN too
+            if used >= 0 and not error <= DIVERGENCE * best_error:  # NaN too: take the Newton step back
                 v_M, factor_MM, used = retreat_M, None, -1
                 newton_from, rest = iteration + rest, 2 * rest
                 continue
-            if not math.isfinite(error):
+            if not math.isfinite(error):  # a sum of the kernel underflowed, or a scaling overflowed
                 self._iterate_log(BLOCK)
                 iteration, from_log = iteration + BLOCK, True
-                best_error, best_M, v_M = math.inf, self.columns.mass_N, self.columns.mass_N
+                best_error, best_M, v_M = math.inf, self.columns.mass_N, self.columns.mass_N  # scalings u, v = a, b
                 continue
             plain_M = self.columns.fitted(product_M)
             if (used >= 0 or iteration % CHECK == 0) and self._leaves_range(u_N, plain_M):
@@ -257,10 +267,13 @@ class _Solver:
                 best_error, factor_MM, used = math.inf, None, -1
                 best_M = retreat_M = v_M = self.columns.mass_N
                 continue
-            if used >= 0 and error > CONTRACTION * previous:
+            if used >= 0 and error > CONTRACTION * previous:  # the matrix no longer serves
                 factor_MM = None
-                if used == 1 and error < NEWTON_LOCAL:
+                stalled = stalled + 1 if error > best_error else 0
+                if used == 1 and (error < NEWTON_LOCAL or stalled > 0):
                     self.stride = max(1, self.stride // 2)
+                if stalled == STALLS:
+                    newton_from, rest, stalled = iteration + rest, 2 * rest, 0
             if factor_MM is None and iteration >= newton_from and self._newton_pays(error, previous, tolerance):
                 factor_MM = self._newton_factor(u_N, v_M, u_N * sums_N, column_M)
                 used = 0
@@ -269,10 +282,8 @@ class _Solver:
             if factor_MM is None:
                 v_M, used = plain_M, -1
             else:
-                residual_M = column_M * (target_M / column_M).log_()
-                change_M = torch.cholesky_solve(residual_M[:, None], factor_MM)[:, 0]
                 retreat_M = plain_M
-                v_M = v_M * change_M.clamp_(-NEWTON_REACH, NEWTON_REACH).exp_()
+                v_M = v_M * _newton_change(factor_MM, target_M, column_M).exp_()
                 used += 1
             previous = error
         if best_M is not v_M:
@@ -310,7 +321,7 @@ class _Solver:
         if not error < previous < math.inf:
             return True
         iterations = math.log(tolerance / error) / math.log(error / previous)
-        return iterations > m * NEWTON_COST_A_COLUMN / self.stride + NEWTON_COST
+        return PESSIMISM * iterations > m * NEWTON_COST_A_COLUMN / self.stride + NEWTON_COST
 
     def _newton_factor(self, u_N: Tensor, v_M: Tensor, row_N: Tensor, column_M: Tensor) -> Tensor | None:
         """Cholesky factor of Newton's matrix for the logarithm of v, or None where there is none."""
@@ -326,3 +337,11 @@ class _Solver:
         matrix_MM.diagonal().add_(stretch * column_M).add_(1e-6 / len(v_M))
         factor_MM, failed = torch.linalg.cholesky_ex(matrix_MM)
         return None if failed else factor_MM
+
+
+def _newton_change(factor_MM: Tensor, target_M: Tensor, column_M: Tensor) -> Tensor:
+    """Newton's change of the logarithm of v, shortened to the reach."""
+    residual_M = column_M * (target_M / column_M).log_()
+    change_M = torch.cholesky_solve(residual_M[:, None], factor_MM)[:, 0]
+    # all of it: clamped entry by entry, it would no longer move weakly coupled groups of tokens as a whole
+    return change_M.mul_((NEWTON_REACH / change_M.abs().max()).clamp_max(1))

@@ -223,7 +223,8 @@ def measure(kind: str, n: int, threads: int, options: argparse.Namespace) -> lis
     table = []
     for name, row in rows.items():
         _, label, factor = ways[name]
-        memory = None if "default" in name else extra_memory(name, cost_BNM, options.error, threads)
+        wanted = not options.no_memory and "default" not in name
+        memory = extra_memory(name, cost_BNM, options.error, threads) if wanted else None
         table.append(
             {
                 "input": kind, "size": f"{B} x ({n}x{M})", "threads": threads, "solver": name, "iterations": label,
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--error", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit", type=float, default=3.0, help="processor seconds that one call may take")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the child processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=2, metavar=("SOLVER", "COST"), help=argparse.SUPPRESS)
     options = parser.parse_args()

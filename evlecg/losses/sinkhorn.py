@@ -294,7 +294,9 @@ class _Solver:
         """Puts both sides' potentials into the kernel."""
         self.rows, self.columns = rows, columns
         torch.add(rows.held_N[:, None], self.cost_NM, alpha=-1 / self.scale, out=self.kernel_NM)
-        self.kernel_NM.add_(columns.held_N).exp_()
+        if bool(columns.held_N.any()):  # spares a pass over the kernel where costs are in range
+            self.kernel_NM.add_(columns.held_N)
+        self.kernel_NM.exp_()
 
     def _leaves_range(self, u_N: Tensor, v_M: Tensor) -> bool:
         """Whether scalings grow to where kernel entries that underflowed would count."""

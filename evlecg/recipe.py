@@ -162,6 +162,16 @@ class TransportConfig:
     position: float = _key(1.0, "cost of a squared page distance of 1, in mean costs; steers the plan only", low=0)
     lead: float = _key(0.5, "cost of leaving the lead, in mean costs; steers the plan only", low=0)
     normalise: bool = _key(True, "layer-normalise both sides before comparing")
+    marginals: str = _key(
+        "uniform", "mass of the tokens: all the same, or every lead the same", choices=("uniform", "lead")
+    )
+    relax: float | None = _key(None, "cost of departing from the marginals, in mean costs; null: they hold", low=1e-3)
+    solver: str = _key(
+        "sinkhorn",
+        "entropic transport, or fused Gromov-Wasserstein through POT (slow; an experiment)",
+        choices=("sinkhorn", "fused_gromov"),
+    )
+    structure: float = _key(0.5, "fused_gromov: share of the distances within each side", low=0)
 
 
 @dataclass(frozen=True)

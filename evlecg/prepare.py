@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from evlecg import __version__
-from evlecg.data.gates import resampled
 from evlecg.data.labels import LABELS, resolve_labels
 from evlecg.data.readers import READERS, Reader, Reading, ReadOptions, Rejected, Source, detect, find_reader, home_of
 from evlecg.data.store import FORMAT_VERSION, Prepared, fingerprint, is_prepared, read_manifest
@@ -238,23 +237,18 @@ class _Worker:
     def write(self, number: int, entries: list[Any], advance: Callable[[int], None] | None = None) -> int:
         """Writes one shard and returns how many entries it has."""
         results = self._results(entries, advance or (lambda n: None))
-        return write_shard(self.task.folder, number, results, files=self.files)
+        return write_shard(self.task.folder, number, results, to_hz=self.task.resample_hz, files=self.files)
 
     def files(self) -> list[tuple[str, int, str]]:
         return self.source.taken() if self.source else []
 
     def _results(self, entries: list[Any], advance: Callable[[int], None]) -> Iterator[Record | Rejected]:
-        to_hz = self.task.resample_hz
         for item in self.reading.records(entries):
             advance(1)
             if isinstance(item, Rejected):
                 yield item
             elif not (item.labels or item.questions or (self.reader.unlabelled and item.report)):
                 yield Rejected(item.id, "none of the wanted labels was assessed", fault=False)
-            elif to_hz and not item.image and item.fs_hz != to_hz:
-                signal_mV = resampled(item.signal_mV, item.fs_hz, to_hz)
-                said = f"resampled: {item.fs_hz:g} to {to_hz} Hz"
-                yield replace(item, signal_mV=signal_mV, fs_hz=float(to_hz), repairs=(*item.repairs, said))
             else:
                 yield item
 

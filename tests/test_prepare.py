@@ -334,6 +334,31 @@ def test_signals_of_another_folder_are_left_out(tmp_path: Path) -> None:
     assert reasons == [f"duplicate: the same signal as cpsc2018/A000{number}" for number in range(2)]
 
 
+def test_a_signal_is_recognised_at_another_rate(tmp_path: Path) -> None:
+    write_cpsc(tmp_path / "cpsc", 3)
+    prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "slow", fs=250)
+    for fs, first in ((None, "slow"), (200, "slow"), (250, "slow")):
+        with pytest.raises(EvlecgError, match=r"no record could be used .*duplicate \(3\)"):
+            prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", fs=fs, exclude=[tmp_path / first])
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "copies"),
+    [
+        ("ptbxl", "ptbxl", {"HR00001": "00001", "HR00002": "00002", "HR00005": "00005", "HR00007": "00007"}),
+        ("ptb", "other", {"S0001": "s0010_re"}),  # 2000 steps a mV there, 1000 in the challenge
+    ],
+)
+def test_recorded_copies_in_the_challenge_are_recognised(
+    shared_data: Path, tmp_path: Path, name: str, folder: str, copies: dict[str, str]
+) -> None:
+    prepare(name, source=shared_data / folder, out=tmp_path / "first")
+    prepare("cinc2021", source=shared_data / "cinc2021", out=tmp_path / "out", exclude=[tmp_path / "first"])
+    reason = {row["id"]: row["reason"] for row in Prepared.open(tmp_path / "out").quarantine()}
+    found = {record: said for record, said in reason.items() if said.startswith("duplicate")}
+    assert found == {copy: f"duplicate: the same signal as {name}/{own}" for copy, own in copies.items()}
+
+
 def test_a_full_disk_keeps_what_is_done(
     tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

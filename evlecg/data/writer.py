@@ -17,7 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from evlecg import __version__
+from evlecg.data.gates import resampled
 from evlecg.data.readers_base import MAX_AGE, Rejected
 from evlecg.data.store import FORMAT_VERSION, HASH_CHARACTERS, STEP_TYPE, STEPS_PER_MV, block_name, question_rows
 from evlecg.errors import EvlecgError, RunFailed
@@ -43,14 +44,18 @@ def write_shard(
     shard: int,
     results: Iterable[Record | Rejected],
     *,
+    to_hz: int | None = None,
     files: Callable[[], Sequence[tuple[str, int, str]]] = tuple,
 ) -> int:
     """Writes one shard; `parts/` and `blocks/` must exist.
+
+    A record's hash is that of its signal before it is resampled: the same ECG is recognised in folders of any rate.
 
     Args:
         folder: folder that is being prepared.
         shard: its number.
         results: what its entries became, in order.
+        to_hz: signals of another sampling rate are resampled to it; None to leave all as they are.
         files: called once all results are read, for the (relative path, bytes, sha256) of the files they came from.
 
     Returns:
@@ -73,8 +78,12 @@ def write_shard(
                     part_file.write(_line({"id": item.id, "reason": item.reason, "fault": item.fault}))
                     continue
                 block = item.image or _steps(item.signal_mV).tobytes()
+                sha256 = hashlib.sha256(block).hexdigest()[:HASH_CHARACTERS]
+                if to_hz and not item.image and item.fs_hz != to_hz:
+                    item = _resampled(item, to_hz)
+                    block = _steps(item.signal_mV).tobytes()
                 block_file.write(block)
-                part_file.write(_line({**_row(item, block), "shard": shard, "offset": n_bytes}))
+                part_file.write(_line({**_row(item, block, sha256), "shard": shard, "offset": n_bytes}))
                 n_bytes += len(block)
             part_file.write(_line({"files": files()}))
             sync(block_file)
@@ -87,7 +96,19 @@ def _steps(signal_mV: np.ndarray) -> np.ndarray:
     return np.rint(signal_mV * np.float32(STEPS_PER_MV)).astype(STEP_TYPE)
 
 
-def _row(record: Record, block: bytes) -> dict[str, Any]:
+def _resampled(record: Record, to_hz: int) -> Record:
+    said = f"resampled: {record.fs_hz:g} to {to_hz} Hz"
+    signal_mV = resampled(record.signal_mV, record.fs_hz, to_hz)
+    limit_mV = np.float32(np.iinfo(np.int16).max / STEPS_PER_MV)  # a filter overshoots by some percent at steps
+    return replace(
+        record,
+        signal_mV=signal_mV.clip(-limit_mV, limit_mV),
+        fs_hz=float(to_hz),
+        repairs=(*record.repairs, said),
+    )
+
+
+def _row(record: Record, block: bytes, sha256: str) -> dict[str, Any]:
     row = {
         "id": record.id,
         "patient_id": record.patient_id,
@@ -95,7 +116,7 @@ def _row(record: Record, block: bytes) -> dict[str, Any]:
         "fs_hz": record.fs_hz,
         "n_samples": record.signal_mV.shape[1],
         "n_bytes": len(block),
-        "sha256": hashlib.sha256(block).hexdigest()[:HASH_CHARACTERS],
+        "sha256": sha256,
         "labels": {code: bool(present) for code, present in record.labels.items()},
         "age": MAX_AGE if record.age is not None and record.age > MAX_AGE - 1 else record.age,
         "sex": record.sex,

@@ -27,7 +27,9 @@ from evlecg.schema import LEADS
 
 BASE = 200
 SAMPLE_S = 0.05
-CODES = {"NORM": "NORM", "IMI": "MI", "NDT": "STTC", "CLBBB": "CD", "LVH": "HYP"}
+# statement -> superclass, subclass
+CODES = {"NORM": ("NORM", "NORM"), "IMI": ("MI", "IMI"), "NDT": ("STTC", "STTC"), "CLBBB": ("CD", "CLBBB"),
+         "LVH": ("HYP", "LVH")}  # fmt: skip
 
 
 def write_ptbxl(root: Path, n_records: int) -> int:
@@ -62,8 +64,9 @@ def write_ptbxl(root: Path, n_records: int) -> int:
             }
         )  # fmt: skip
     _write_csv(root / "ptbxl_database.csv", rows)
-    statements = [{"": code, "diagnostic": 1.0, "diagnostic_class": name} for code, name in CODES.items()]
-    _write_csv(root / "scp_statements.csv", [*statements, {"": "SR", "diagnostic": "", "diagnostic_class": ""}])
+    columns = ("", "diagnostic", "diagnostic_class", "diagnostic_subclass")
+    statements = [(code, "1.0", *names) for code, names in CODES.items()] + [("SR", "", "", "")]
+    _write_csv(root / "scp_statements.csv", [dict(zip(columns, row, strict=True)) for row in statements])
     return n_bytes + sum((root / name).stat().st_size for name in ("ptbxl_database.csv", "scp_statements.csv"))
 
 

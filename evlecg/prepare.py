@@ -11,13 +11,14 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, cast
 
@@ -259,7 +260,16 @@ _worker: _Worker | None = None  # of a worker process
 def _start_worker(task: _Task) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
+    threading.Thread(target=_end_with_main, daemon=True).start()
     _worker = _Worker(task)
+
+
+def _end_with_main() -> None:
+    """Ends this worker when the main process is gone: one that was killed cannot say so."""
+    main = parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _work(number: int, entries: list[Any]) -> int:

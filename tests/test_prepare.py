@@ -281,6 +281,25 @@ def test_a_killed_job_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
     assert content(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_main_process(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]
+    job = subprocess.Popen([*command, "--train", "100000", "--workers", "2"], start_new_session=True)
+    parts = tmp_path / ".out.partial" / "parts"
+    while not list(parts.glob("*.blocks")) and job.poll() is None:  # until workers work
+        time.sleep(0.01)
+    os.kill(job.pid, how)  # it alone
+    assert job.wait() == -how
+    try:
+        for _ in range(300):
+            os.killpg(job.pid, 0)
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGKILL)
+        raise AssertionError("workers go on")
+    except ProcessLookupError:  # nobody is left
+        pass
+
+
 def test_processes_of_a_launcher_share_the_work(tmp_path: Path, whole: dict[str, bytes]) -> None:
     counts = [f"--{split}={count}" for split, count in COUNTS.items()]
     command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]

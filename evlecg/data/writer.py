@@ -65,10 +65,11 @@ def write_shard(
         RunFailed: the disk is full, or the folder cannot be written to.
     """
     blocks, part = folder / "blocks" / block_name(shard), part_path(folder, shard)
-    partial = part.with_suffix(f".{os.getpid()}.partial")
+    # each under a name of its own: what a killed job left running must not write into the files of the next one
+    partial, partial_blocks = (part.with_suffix(f".{os.getpid()}.{what}") for what in ("partial", "blocks"))
     n_bytes = n_entries = 0
     with writing(folder):
-        with blocks.open("wb") as block_file, partial.open("wb") as part_file:
+        with partial_blocks.open("wb") as block_file, partial.open("wb") as part_file:
             for item in results:
                 n_entries += 1
                 reason = "" if isinstance(item, Rejected) else _unfit(item)
@@ -88,6 +89,7 @@ def write_shard(
             part_file.write(_line({"files": files()}))
             sync(block_file)
             sync(part_file)
+        partial_blocks.replace(blocks)
         partial.replace(part)
     return n_entries
 

@@ -35,7 +35,9 @@ from evlecg.schema import Record
 SILENT = Progress()
 MOST_WORKERS = 8  # one disk seldom feeds more
 WAIT_S = 0.2
-STALLED_S = 1800.0
+PATIENCE_S = 60.0  # how long the first process waits for a shard of the others before it reads them all by itself
+STALLED_S = 1800.0  # how long the others wait for the first one
+JOINING_S = 10.0  # processes of one launch start within that time of each other
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def prepare(
     task = _Task(dataset, opened.root if opened else None, options, None if published_hz else fs, partial)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank:
-        return _help(task, plan, out, workers, rank, world)
+        return _help(task, plan, out, workers, rank, world, overwrite)
 
     with kept_folder(out, overwrite, keep=lambda folder: _has_plan(folder, plan)) as folder:
         if overwrite and out.is_dir() and any(out.iterdir()) and not is_prepared(out):
@@ -212,7 +214,9 @@ def prepare(
         n_shards = _read_shards(worker, workers, rank, world, progress)
         if not n_shards:
             raise EvlecgError("the dataset is empty: no record was found", where=source or dataset, hint=reader.needs)
-        _await(lambda: sum(not part_path(folder, number).exists() for number in range(n_shards)))
+        if not _await(lambda: sum(not part_path(folder, number).exists() for number in range(n_shards)), PATIENCE_S):
+            progress.info("the other processes are gone or were never there: reading their shards here")
+            _read_shards(_Worker(task), workers, 0, 1, SILENT)
         manifest = assemble(
             folder,
             n_shards,
@@ -290,9 +294,10 @@ class _Shards:
         while entries := list(itertools.islice(self._entries, self._size)):
             number = self.n_shards
             self.n_shards += 1
+            own = number % self._world == self._rank
             found = part_path(self._folder, number).exists()
-            self.n_found += found
-            if not found and number % self._world == self._rank:
+            self.n_found += found and own
+            if own and not found:
                 yield number, entries
             else:
                 self._advance(len(entries))
@@ -348,19 +353,33 @@ def _cores() -> int:
     return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _help(task: _Task, plan: dict[str, Any], out: Path, workers: int | None, rank: int, world: int) -> PrepareSummary:
+def _help(
+    task: _Task, plan: dict[str, Any], out: Path, workers: int | None, rank: int, world: int, overwrite: bool
+) -> PrepareSummary:
     """What the other processes of a launcher do: read their shards, then wait for the first one to finish."""
 
     def done() -> PrepareSummary | None:
         return None if task.folder.exists() else _finished(out, plan)
 
-    _await(lambda: not (_has_plan(task.folder, plan) or done()))
+    if overwrite:  # the folder that is there may be the one to be replaced
+        _await(lambda: not _has_plan(task.folder, plan), JOINING_S)
+    _await_first(lambda: not (_has_plan(task.folder, plan) or done()))
     if _has_plan(task.folder, plan):
         _read_shards(_Worker(task), workers, rank, world, SILENT)
-    _await(lambda: not done())
+    _await_first(lambda: not done())
     summary = done()
     assert summary is not None
     return summary
+
+
+def _await_first(missing: Callable[[], int]) -> None:
+    """Waits for the first process.
+
+    Raises:
+        RunFailed: nothing came of it.
+    """
+    if not _await(missing, STALLED_S):
+        raise RunFailed(f"waited {STALLED_S:g} s for the first process", hint="run it again: it goes on from here")
 
 
 def _has_plan(folder: Path, plan: dict[str, Any]) -> bool:
@@ -369,22 +388,17 @@ def _has_plan(folder: Path, plan: dict[str, Any]) -> bool:
     return False
 
 
-def _await(missing: Callable[[], int]) -> None:
-    """Waits for other processes until nothing is missing any more.
-
-    Raises:
-        RunFailed: for `STALLED_S` nothing changed.
-    """
+def _await(missing: Callable[[], int], patience_s: float) -> bool:
+    """Waits for other processes until nothing is missing any more; False where nothing changed for `patience_s`."""
     last, since_s = missing(), time.monotonic()
     while last:
         time.sleep(WAIT_S)
         now = missing()
         if now != last:
             last, since_s = now, time.monotonic()
-        if time.monotonic() - since_s > STALLED_S:
-            raise RunFailed(
-                f"waited {STALLED_S:g} s for the other processes", hint="run it again: it goes on from here"
-            )
+        if time.monotonic() - since_s > patience_s:
+            return False
+    return True
 
 
 def _finished(out: Path, plan: dict[str, Any]) -> PrepareSummary | None:

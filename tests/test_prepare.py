@@ -317,6 +317,33 @@ def test_processes_of_a_launcher_share_the_work(tmp_path: Path, whole: dict[str,
     assert json.loads(said[0])["n_kept"] == 750 and not said[1]  # one process speaks
 
 
+def test_shards_of_processes_that_never_come_are_read_by_the_first(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evlecg.prepare.PATIENCE_S", 0.3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    listener = Listener()
+    generated(tmp_path / "out", workers=1, progress=listener)
+    assert content(tmp_path / "out") == whole
+    assert any("reading their shards here" in said for said in listener.said)
+
+
+def test_a_folder_is_replaced_by_all_processes_of_a_launcher(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated(tmp_path / "out", workers=1)
+    counts = [f"--{split}={count}" for split, count in COUNTS.items()]
+    command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}  # it comes first, and finds the old folder
+    helper = subprocess.Popen([*command, *counts, "--overwrite", "--workers", "1"], env=environment)
+    time.sleep(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = Listener()
+    generated(tmp_path / "out", workers=1, overwrite=True, progress=said)
+    assert helper.wait(timeout=60) == 0 and content(tmp_path / "out") == whole
+    assert not any("reading their shards" in line for line in said.said)
+
+
 def test_two_jobs_do_not_write_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         with pytest.raises(EvlecgError, match="another process is writing this folder"):

@@ -164,14 +164,16 @@ class _Tally:
     questions: Counter[str] = field(default_factory=Counter)
     split_of_patient: dict[str, str] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
-    id_of_hash: dict[str, str] = field(default_factory=dict)
+    place_of_hash: dict[str, tuple[str, str]] = field(default_factory=dict)  # id, split ("" where it is elsewhere)
 
     def trouble(self, row: dict[str, Any]) -> Rejected | None:
         """Why a row that was fit by itself cannot stand beside those before it."""
         if row["id"] in self.ids:
             return Rejected(row["id"], "duplicate: a record of this id is there already")
-        if row["sha256"] in self.id_of_hash:
-            return Rejected(row["id"], f"duplicate: the same signal as {self.id_of_hash[row['sha256']]}", fault=False)
+        place, split = self.place_of_hash.get(row["sha256"], ("", ""))
+        # other questions about it are worth keeping: two subsets of a benchmark share pictures
+        if place and not (row.get("questions") and split == row["split"]):
+            return Rejected(row["id"], f"duplicate: the same signal as {place}", fault=False)
         first = self.split_of_patient.get(row["patient_id"], row["split"])
         if first != row["split"]:
             return Rejected(row["id"], f"patient in two splits: {first} and {row['split']}")
@@ -179,7 +181,7 @@ class _Tally:
 
     def add(self, row: dict[str, Any]) -> None:
         self.ids.add(row["id"])
-        self.id_of_hash[row["sha256"]] = row["id"]
+        self.place_of_hash.setdefault(row["sha256"], (row["id"], row["split"]))
         self.split_of_patient[row["patient_id"]] = row["split"]
         self.kept += 1
         self.repaired += bool(row["repairs"])
@@ -224,7 +226,7 @@ def assemble(
         EvlecgError: no record could be used; a rejected one and `strict`.
         RunFailed: the disk is full.
     """
-    tally = _Tally(id_of_hash=dict(known or {}))
+    tally = _Tally(place_of_hash={key: (where, "") for key, where in (known or {}).items()})
     taken = {name: (size, sha256) for name, size, sha256 in files}
     digest = hashlib.sha256()
     with writing(folder):

@@ -101,7 +101,8 @@ def open_code15(source: Source, options: ReadOptions) -> Reading:
 
 def _rows_at_once(tracings: h5py.Dataset) -> int:
     """Rows of a chunk, as far as they may be held: a chunk is read and unpacked whole."""
-    rows, row_bytes = tracings.chunks[0], int(np.prod(tracings.shape[1:])) * tracings.dtype.itemsize
+    rows = tracings.chunks[0] if tracings.chunks else 1
+    row_bytes = int(np.prod(tracings.shape[1:])) * tracings.dtype.itemsize
     return max(1, min(rows, BYTES_AT_ONCE // row_bytes))
 
 

@@ -334,10 +334,11 @@ def _print_catalogue(labels: bool, as_json: bool) -> None:
             typer.echo(f"  {code:<16} {why}")
         return
     for name, about in datasets().items():
+        unknown_size = "as large as what you bring" if about["get"] else "no download"
         known = [
             about["title"],
             f"{about['records']:,} records" if about["records"] else "",
-            f"download {about['download_GB']:g} GB" if about["download_GB"] else "",
+            f"download about {about['download_GB']:g} GB" if about["download_GB"] else unknown_size,
             f"prepared about {about['prepared_GB']:g} GB" if about["prepared_GB"] else "",
             about["licence"],
             about["access"],

@@ -186,14 +186,13 @@ class Encoder:
         prompt, full = self.text(turn)
         encoded = self.tokenizer(full, add_special_tokens=self._adds(full), return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        images = [place for place, token in enumerate(ids) if token == self.checkpoint.image_token_id]
-        if not images:
+        start = self._behind_image(full, ids, offsets)
+        if start is None:
             raise EvlecgError(
                 "the chat template puts no image placeholder into the prompt",
                 where=self.checkpoint.name,
                 hint=f"the template gave {prompt!r}",
             )
-        start = images[-1] + 1
         answer_start = full.index(turn.answer, len(prompt)) if turn.answer else len(full)
         answer_stop = answer_start + len(turn.answer)
         # a token belongs to the answer when it ends behind the prompt; end-of-turn marks do, white space before does
@@ -203,6 +202,18 @@ class Encoder:
             for _, end in offsets[start:]
         )
         return _Tail(tuple(ids[start:]), is_answer, byte_end)
+
+    def _behind_image(self, full: str, ids: list[int], offsets: list[tuple[int, int]]) -> int | None:
+        """Place of the first token behind the image's placeholder, which may have a spelling of its own in prompts."""
+        images = [place for place, token in enumerate(ids) if token == self.checkpoint.image_token_id]
+        if images:
+            return images[-1] + 1
+        for name in ("image_placeholder_token", "image_token"):
+            mark = getattr(self.processor, name, None)
+            if mark and mark in full:
+                stop = full.rindex(mark) + len(mark)
+                return next((place for place, (begin, _) in enumerate(offsets) if begin >= stop), len(ids))
+        return None
 
     def _row(self, ids: list[int], tails: list[_Tail], extra: dict[str, list[int]]) -> dict[str, list[int]]:
         """One row: the shared prefix, then every question's block."""

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 
-from evlecg.errors import EvlecgError
-from evlecg.models import load as models
 from evlecg.models.families import FAMILIES
 from tests import coverage
 from tests.families import BUILDERS

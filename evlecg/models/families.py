@@ -42,7 +42,7 @@ class Family:
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
-    "diffusion_gemma": Family(refused="writes blocks of text by diffusion: there is no next-token answer to learn from"),
+    "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "evolla": Family(refused="reads proteins, not images"),
     "idefics2": Family(layout="whole"),
     "llava_next": Family(layout="anyres"),

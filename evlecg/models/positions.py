@@ -42,8 +42,13 @@ class Seen:
 
 
 def measure_boxes(
-    process: Callable[[np.ndarray], dict[str, Any]], *, size_px: tuple[int, int], n_tokens: int, layout: str, config: Any
-) -> np.ndarray | None:  # fmt: skip
+    process: Callable[[np.ndarray], dict[str, Any]],
+    *,
+    size_px: tuple[int, int],
+    n_tokens: int,
+    layout: str,
+    config: Any,
+) -> np.ndarray | None:
     """Page box of every visual token.
 
     Args:

@@ -111,6 +111,8 @@ class Encoder:
         full = self.processor.apply_chat_template([*asked, replied], tokenize=False).rstrip()
         if not full.startswith(prompt) or turn.answer not in full[len(prompt) :]:
             full = prompt + turn.answer + (self.tokenizer.eos_token or "")
+        if turn.ends and full.endswith(turn.answer):  # a template that leaves it to the next turn to end this one
+            full += self.tokenizer.eos_token or ""
         if not turn.ends:
             full = full[: full.index(turn.answer, len(prompt)) + len(turn.answer)]
         return prompt, full
@@ -152,7 +154,9 @@ class Encoder:
     def _process(self, pages: Sequence[np.ndarray], texts: list[str]) -> dict[str, Any]:
         from PIL import Image
 
-        images = [[Image.fromarray(page)] for page in pages]
+        images: list = [Image.fromarray(page) for page in pages]
+        if self.family.nested:
+            images = [[image] for image in images]
         try:
             return dict(
                 self.processor(

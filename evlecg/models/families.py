@@ -26,6 +26,9 @@ class Family:
         layout: how the tokens of a page lie in the processor's pixels; a key of `positions.LAYOUTS`.
         prompt: what is asked where there is no chat template; `{image}` is the processor's placeholder, `{earlier}`
             the turns before.
+        nested: the processor takes a list of images for every text; otherwise one image for every text.
+        projected_layer: the first hidden layer that holds the projector's output; not 0 where it is added inside the
+            decoder.
         answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
     """
@@ -36,6 +39,8 @@ class Family:
     processor: Mapping[str, Any] = field(default_factory=dict)
     layout: str = "grid"
     prompt: str = "{image}{earlier}{question}\n"
+    nested: bool = True
+    projected_layer: int = 0
     answer_type: int | None = None
 
 
@@ -44,10 +49,15 @@ GENERIC = Family()
 FAMILIES: dict[str, Family] = {
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "evolla": Family(refused="reads proteins, not images"),
+    "got_ocr2": Family(nested=False),
+    "granite4_vision": Family(layout="anyres", projected_layer=1),
+    "hunyuan_vl": Family(layout="raster_lines"),
     "idefics2": Family(layout="whole"),
+    "lfm2_vl": Family(layout="raster_tiles"),
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
+    "paddleocr_vl": Family(layout="raster"),
     "paligemma": Family(answer_type=1),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),

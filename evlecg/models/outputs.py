@@ -46,7 +46,7 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
     return Outputs(
         hidden_BSD=layers[-1],
         visual_BND=gather_visual(layers[visual_layer], side.visual_BS),
-        projected_BND=gather_visual(layers[0], side.visual_BS),
+        projected_BND=gather_visual(layers[loaded.checkpoint.family.projected_layer], side.visual_BS),
         answer_logits_AV=logits_BUV[predict_A2[:, 0], place_A],
         side=side,
     )
@@ -122,7 +122,10 @@ def count_features(loaded: Loaded, side: Side) -> int | None:
         return None
     known = inspect.signature(extract).parameters
     result = extract(**{key: value for key, value in side.inputs.items() if key in known}, return_dict=True)
-    return _count(getattr(result, "pooler_output", result))
+    features = getattr(result, "pooler_output", result)
+    if features is None:  # Granite Vision 4: (decoder layer, features) pairs, all of one length
+        features = result.deepstack_features[0][1]
+    return _count(features)
 
 
 def _count(features: Any) -> int:

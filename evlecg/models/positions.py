@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,6 @@ def measure_boxes(
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)[None, :]
     ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
-    ramp[..., 2] = 255  # tells paper from what the processor pads with
     black = np.zeros_like(ramp)
     inputs = process(ramp)  # one page a call: some processors pad the pages of a batch to one another
     channels_last = _channels_last(lambda page: process(page)["pixel_values"], black)
@@ -76,6 +76,7 @@ def measure_boxes(
     )
     low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
     colour = (seen - low) / (high - low)  # 0..1: undoes any normalisation
+    colour[:, 2] = ((light - dark) / (high - low))[:, 2]  # padding may be as light as paper, but no page darkens it
     groups = LAYOUTS[layout](Seen(colour, size_px, config, inputs), n_tokens)
     if groups is None or len(groups) != n_tokens:
         return None
@@ -109,6 +110,7 @@ def anyres(seen: Seen, n_tokens: int) -> Groups | None:
     from transformers.image_processing_utils import select_best_resolution
 
     side = seen.config.vision_config.image_size // seen.config.vision_config.patch_size
+    side = int(side * Fraction(getattr(seen.config, "downsample_rate", None) or 1))
     whole = _cut(seen.colour[0], side, side)
     rest = n_tokens - len(whole)
     if len(seen.colour) == 1:
@@ -156,6 +158,37 @@ def blocks(seen: Seen, n_tokens: int) -> Groups | None:
     ]
 
 
+def raster(seen: Seen, n_tokens: int) -> Groups | None:
+    """Patches in reading order, merged in square blocks inside the model."""
+    down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
+    lines = _merged(seen.colour, down, across, n_tokens)
+    return None if lines is None else [token for line in lines for token in line]
+
+
+def raster_lines(seen: Seen, n_tokens: int) -> Groups | None:
+    """`raster` with a newline token behind every line of tokens, one token before and one behind them all."""
+    down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
+    for merge in range(1, min(down, across) + 1):
+        if (down // merge) * (across // merge + 1) + 2 == n_tokens:
+            lines = _merged(seen.colour, down, across, (down // merge) * (across // merge)) or []
+            return [_NOWHERE, *(token for line in lines for token in [*line, _NOWHERE]), _NOWHERE]
+    return None
+
+
+def raster_tiles(seen: Seen, n_tokens: int) -> Groups | None:
+    """Tiles of patches in reading order, each of its own shape and padded to one length, merged in square blocks."""
+    shapes = [(int(down), int(across)) for down, across in seen.inputs["spatial_shapes"]]
+    patches = seen.colour.reshape(len(shapes), -1, *seen.colour.shape[1:])
+    merge2 = sum(down * across for down, across in shapes) / n_tokens
+    tokens: Groups = []
+    for (down, across), tile in zip(shapes, patches, strict=True):
+        lines = _merged(tile[: down * across], down, across, round(down * across / merge2))
+        if lines is None:
+            return None
+        tokens += [token for line in lines for token in line]
+    return tokens
+
+
 def whole(seen: Seen, n_tokens: int) -> Groups | None:
     """Tokens of a resampler or query transformer have no place of their own: each looks at its whole tile."""
     tiles = len(seen.colour)
@@ -168,10 +201,28 @@ LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
     "anyres": anyres,
     "blocks": blocks,
     "grid": grid,
+    "raster": raster,
+    "raster_lines": raster_lines,
+    "raster_tiles": raster_tiles,
     "whole": whole,
 }
 
 _NOWHERE = np.zeros((3, 0))  # newlines and other separators that the model puts among its visual tokens
+
+
+def _merged(patches: np.ndarray, down: int, across: int, n_tokens: int) -> list[Groups] | None:
+    """Lines of tokens, each a square block of patches [down * across, 3, rows, columns] in reading order."""
+    merge = math.isqrt(down * across // n_tokens)
+    if down * across != len(patches) or merge * merge * n_tokens != down * across or down % merge or across % merge:
+        return None
+    grid_DA3P = patches.reshape(down, across, 3, -1)
+    return [
+        [
+            np.concatenate(list(grid_DA3P[row : row + merge, column : column + merge].reshape(merge**2, 3, -1)), axis=1)
+            for column in range(0, across, merge)
+        ]
+        for row in range(0, down, merge)
+    ]
 
 
 def _cut(picture: np.ndarray, down: int, across: int) -> Groups:

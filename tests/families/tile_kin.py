@@ -172,7 +172,7 @@ def qianfan_ocr(folder: Path, *, seed: int = 0) -> Path:
 
 
 def ovis2(folder: Path, *, seed: int = 0) -> Path:
-    """Ovis 2: every patch a distribution over a visual vocabulary; the whole page first, row and column marks between."""
+    """Ovis 2: tokens are distributions over a visual vocabulary; the whole page first, then marked rows and columns."""
     from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2ImageProcessor, Ovis2Processor
 
     marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]

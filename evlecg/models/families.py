@@ -28,6 +28,7 @@ class Family:
             the turns before.
         answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
+        logits: what the model does to its head's output; a key of `outputs.LOGITS`.
     """
 
     refused: str = ""
@@ -37,18 +38,23 @@ class Family:
     layout: str = "grid"
     prompt: str = "{image}{earlier}{question}\n"
     answer_type: int | None = None
+    logits: str = "plain"
 
 
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
+    "gemma3n": Family(logits="softcap"),
+    "gemma4": Family(layout="blocks", logits="softcap"),
+    "gemma4_unified": Family(layout="blocks", logits="softcap"),
     "evolla": Family(refused="reads proteins, not images"),
     "idefics2": Family(layout="whole"),
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
-    "paligemma": Family(answer_type=1),
+    "video_llava": Family(processor={"return_legacy_image_output": False}),
+    "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
 }  # fmt: skip

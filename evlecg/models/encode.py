@@ -204,7 +204,8 @@ class Encoder:
 
     def _image_end(self, prompt: str) -> int:
         """Where the image's placeholder ends in a prompt."""
-        known = {getattr(self.processor, "image_token", None), self.tokenizer.convert_ids_to_tokens(self.image_id)}
+        named = (getattr(self.processor, name, None) for name in ("image_placeholder_token", "image_token"))
+        known = {*named, self.tokenizer.convert_ids_to_tokens(self.image_id)}
         ends = [prompt.rindex(token) + len(token) for token in known if token and token in prompt]
         if not ends:
             raise EvlecgError(

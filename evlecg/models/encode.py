@@ -5,9 +5,7 @@ page stand in one row and do not see one another (tree attention), so that the i
 questions hang on it; unpacked, each block has a row of its own. Both give the same logits; `models.outputs` proves it
 for the checkpoint at hand before packing is used.
 
-Where a visual token looks on the page is measured, not derived: the processor is given pages whose colours are their
-own coordinates, and what it returns tells which part of the page every patch came from, whatever the processor
-resized, padded, cropped, split or merged on the way.
+Where a visual token looks on the page is measured (positions.py).
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from evlecg.errors import EvlecgError
 from evlecg.models.load import Checkpoint
+from evlecg.models.positions import measure_boxes
 from evlecg.page.layout import batch_cells
 from evlecg.page.render import Page
 from evlecg.schema import Question, Side
@@ -91,6 +90,7 @@ class Encoder:
 
     def __init__(self, checkpoint: Checkpoint, processor: Any, *, size_px: tuple[int, int] | None = None) -> None:
         self.checkpoint = checkpoint
+        self.family = checkpoint.family
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.size_px = size_px or wanted_page_size(processor.image_processor)
@@ -105,7 +105,7 @@ class Encoder:
         if not getattr(self.processor, "chat_template", None):  # PaliGemma's kind: image and question, then the answer
             image = getattr(self.processor, "image_token", "<image>")
             earlier = "".join(f"{question}\n{answer}\n" for question, answer in turn.history)
-            prompt = f"{image}{earlier}{turn.question}\n"
+            prompt = self.family.prompt.format(image=image, earlier=earlier, question=turn.question)
             return prompt, prompt + turn.answer + ((self.tokenizer.eos_token or "") if turn.ends else "")
         prompt = self.processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         full = self.processor.apply_chat_template([*asked, replied], tokenize=False).rstrip()
@@ -161,6 +161,7 @@ class Encoder:
                     padding=True,
                     return_tensors="pt",
                     add_special_tokens=self._adds(texts[0]),
+                    **self.family.processor,
                 )
             )
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -269,44 +270,28 @@ class Encoder:
         """Page box of every visual token, float32 [n_tokens, 4] as x0 y0 x1 y1 in [0,1]; zeros where it sees padding.
 
         Raises:
-            EvlecgError: the processor's pixels do not fall into `n_tokens` equal groups (a merge that is not known).
+            EvlecgError: the family's layout does not come to `n_tokens` (a merge that is not known).
         """
         if n_tokens not in self._boxes:
             self._boxes[n_tokens] = self._measure_boxes(n_tokens)
         return self._boxes[n_tokens]
 
     def _measure_boxes(self, n_tokens: int) -> np.ndarray:
-        width, height = self.size_px
-        ramp = np.zeros((height, width, 3), np.uint8)
-        ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)[None, :]
-        ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
-        ramp[..., 2] = 255  # tells paper from what the processor pads with
-        black = np.zeros_like(ramp)
-        # one page a call: some processors pad the pages of a batch to one another
         text = self.text(Turn("", "."))[1]
-        seen, dark, light = (
-            _tiles(self._process([page], [text])["pixel_values"]) for page in (ramp, black, np.full_like(ramp, 255))
+        boxes = measure_boxes(
+            lambda page: self._process([page], [text]),
+            size_px=self.size_px,
+            n_tokens=n_tokens,
+            layout=self.family.layout,
+            config=self.checkpoint.config,
         )
-        low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
-        colour = (seen - low) / (high - low)  # [tiles, 3, rows, columns], 0..1: undoes any normalisation
-        groups = _group(colour, n_tokens)
-        if groups is None:
+        if boxes is None:
             raise EvlecgError(
                 f"cannot tell where {n_tokens} visual tokens of family {self.checkpoint.model_type!r} lie on the page",
                 where=self.checkpoint.name,
                 hint="its tokens are not equal shares of its pixels; this family is not supported yet",
             )
-        paper = groups[:, 2] > 0.5
-        box_N4 = np.zeros((n_tokens, 4), np.float32)
-        for axis, size in ((0, groups.shape[2]), (1, groups.shape[2])):
-            coordinate = np.clip(groups[:, axis], 0, 1)
-            low_N = np.where(paper, coordinate, np.inf).min(1)
-            high_N = np.where(paper, coordinate, -np.inf).max(1)
-            half_pixel_N = (high_N - low_N) / max(math.sqrt(size) - 1, 1) / 2
-            box_N4[:, axis] = np.clip(low_N - half_pixel_N, 0, 1)
-            box_N4[:, axis + 2] = np.clip(high_N + half_pixel_N, 0, 1)
-        box_N4[paper.mean(1) < 0.05] = 0  # a sliver of paper is padding
-        return box_N4
+        return boxes
 
 
 def wanted_page_size(image_processor: Any) -> tuple[int, int]:
@@ -316,6 +301,9 @@ def wanted_page_size(image_processor: Any) -> tuple[int, int]:
         for key in ("height", "width", "shortest_edge", "longest_edge")
         if (value := _entry(getattr(image_processor, "size", None), key)) is not None
     }
+    pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
+    if pinpoints:
+        return _anyres_size(pinpoints)
     crop = getattr(image_processor, "crop_size", None)
     if getattr(image_processor, "do_center_crop", False) and crop is not None:
         return int(_entry(crop, "width") or crop), int(_entry(crop, "height") or crop)
@@ -337,39 +325,16 @@ def wanted_page_size(image_processor: Any) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
+def _anyres_size(pinpoints: Any) -> tuple[int, int]:
+    """The largest page of the paper's shape that fits one of the (height, width) that are cut into tiles."""
+    width, height = PAPER_SHAPE
+    scale = max(min(wide / width, high / height) for high, wide in pinpoints)
+    return round(width * scale), round(height * scale)
+
+
 def _entry(size: Any, key: str) -> int | None:
     """`size[key]` of a dict or of transformers' SizeDict, None where it is not set."""
     return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
-
-
-def _tiles(pixels: Any) -> np.ndarray:
-    """Pixel values of one page as float64 [tiles, 3, rows, columns]; flat patches are tiles of one row."""
-    if isinstance(pixels, (list, tuple)):
-        pixels = pixels[0]
-    values = torch.as_tensor(pixels).double().numpy()
-    if values.ndim >= 4:
-        return values.reshape(-1, *values.shape[-3:])
-    patches = values.reshape(-1, values.shape[-1])  # Qwen's kind: [patches, 3 x frames x side x side]
-    return patches.reshape(len(patches), 3, 1, -1)
-
-
-def _group(colour: np.ndarray, n_tokens: int) -> np.ndarray | None:
-    """Pixels of every visual token, [n_tokens, 3, pixels], or None where they do not divide evenly."""
-    tiles, _, rows, columns = colour.shape
-    if rows == 1:  # flat patches: a token is a run of merged patches
-        if tiles % n_tokens:
-            return None
-        return colour.reshape(n_tokens, tiles // n_tokens, 3, columns).swapaxes(1, 2).reshape(n_tokens, 3, -1)
-    if n_tokens % tiles:
-        return None
-    each = n_tokens // tiles
-    down = round(math.sqrt(each * rows / columns))
-    if down == 0 or each % down:
-        return None
-    across = each // down
-    high, wide = rows // down, columns // across  # a remainder at the edge is not seen by the patches
-    part = colour[:, :, : high * down, : wide * across].reshape(tiles, 3, down, high, across, wide)
-    return part.transpose(0, 2, 4, 1, 3, 5).reshape(n_tokens, 3, high * wide)
 
 
 def _common_prefix(tails: list[_Tail]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from evlecg.errors import EvlecgError
 from evlecg.files import sha256_file
+from evlecg.models.families import Family, family_of
 from evlecg.recipe import nearest
 from evlecg.schema import ModelFacts
 
@@ -46,6 +47,11 @@ class Checkpoint:
     image_token_id: int
     width: int
     vocab_size: int
+
+    @property
+    def family(self) -> Family:
+        """What is particular about its family."""
+        return family_of(self.model_type)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def inspect(name: str) -> Checkpoint:
     """Reads a checkpoint's config only.
 
     Raises:
-        EvlecgError: nothing there, not an image-text-to-text family, or no image placeholder.
+        EvlecgError: nothing there, not an image-text-to-text family, or one that cannot work (the reason is given).
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -116,7 +122,14 @@ def inspect(name: str) -> Checkpoint:
             where=name,
             hint="name a vision-language checkpoint",
         )
-    image_token_id = getattr(config, "image_token_id", None)
+    family = family_of(config.model_type)
+    if family.refused:
+        raise EvlecgError(
+            f"family {config.model_type!r} can be neither teacher nor student: it {family.refused}", where=name
+        )
+    image_token_id = config
+    for part in family.image_token_id.split("."):
+        image_token_id = getattr(image_token_id, part, None)
     if image_token_id is None:
         raise EvlecgError(
             f"family {config.model_type!r} has no image placeholder in its text",

@@ -7,6 +7,7 @@ a gather, and layer 0 at those positions is the projector's output: no family ne
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -114,6 +115,24 @@ def to_device(item: Any, device: torch.device | str) -> Any:
 
 
 @torch.no_grad()
+def count_features(loaded: Loaded, side: Side) -> int | None:
+    """How many image features the model makes of a batch; None where it does not say (no `get_image_features`)."""
+    extract = getattr(loaded.model, "get_image_features", None)
+    if extract is None:
+        return None
+    known = inspect.signature(extract).parameters
+    result = extract(**{key: value for key, value in side.inputs.items() if key in known}, return_dict=True)
+    return _count(getattr(result, "pooler_output", result))
+
+
+def _count(features: Any) -> int:
+    """Rows of width D in a tensor [..., D], or in a list of such tensors, one an image."""
+    if isinstance(features, Tensor):
+        return features.numel() // features.shape[-1]
+    return sum(_count(part) for part in features)
+
+
+@torch.no_grad()
 def packing_difference(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) -> float:
     """Largest difference between packed and unpacked answer logits, as a share of the largest logit.
 
@@ -160,7 +179,7 @@ def image_matters(loaded: Loaded, side: Side) -> float:
     Zero means that the model does not see its images.
     """
     outputs = forward(loaded, side)
-    blank = {key: _blank(value) if key == "pixel_values" else value for key, value in side.inputs.items()}
+    blank = {key: _blank(value) if "pixel_values" in key else value for key, value in side.inputs.items()}
     without = forward(loaded, dataclasses.replace(side, inputs=blank))
     logits, ablated = outputs.answer_logits_AV.float(), without.answer_logits_AV.float()
     return float((logits - ablated).abs().max() / logits.abs().max().clamp_min(1e-6))

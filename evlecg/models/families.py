@@ -1,0 +1,59 @@
+"""What differs between model families, as data: one row a family; a family without a row takes the generic path.
+
+The generic path: visual tokens stand where `input_ids == config.image_token_id`, the processor's keys all go to the
+model, the chat template writes the prompt, and every tile of the processor's pixels is an equal grid of tokens.
+A row says where a family departs from that, or why it cannot be a teacher or a student at all: this is known from the
+name of the family, hence before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family departs from the generic path.
+
+    Attributes:
+        refused: why it can be neither teacher nor student; empty where it can.
+        fusion: "early" (visual tokens stand in the text), "cross" (the text attends to them from outside) or
+            "encoder_decoder" (an encoder reads the page, a decoder writes the answer).
+        image_token_id: where the config holds the id of the image placeholder; dots lead into sub-configs.
+        processor: further keyword arguments of the processor's call.
+        layout: how the tokens of a page lie in the processor's pixels; a key of `positions.LAYOUTS`.
+        prompt: what is asked where there is no chat template; `{image}` is the processor's placeholder, `{earlier}`
+            the turns before.
+        answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
+            all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
+    """
+
+    refused: str = ""
+    fusion: str = "early"
+    image_token_id: str = "image_token_id"
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "grid"
+    prompt: str = "{image}{earlier}{question}\n"
+    answer_type: int | None = None
+
+
+GENERIC = Family()
+
+FAMILIES: dict[str, Family] = {
+    "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
+    "evolla": Family(refused="reads proteins, not images"),
+    "idefics2": Family(layout="whole"),
+    "llava_next": Family(layout="anyres"),
+    "llava_next_video": Family(layout="anyres"),
+    "llava_onevision": Family(layout="anyres"),
+    "paligemma": Family(answer_type=1),
+    "pi0": Family(refused="writes robot actions, not text"),
+    "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
+}  # fmt: skip
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a family, or the generic path."""
+    return FAMILIES.get(model_type, GENERIC)

@@ -1,0 +1,231 @@
+"""Where every visual token looks on the page: measured through the checkpoint's own processor, not derived.
+
+The processor is given pages whose colours are their own coordinates, and what it returns tells which part of the page
+every pixel came from, whatever was resized, padded, cropped, split or merged on the way. A *layout* then says which
+pixels a token stands for, in the order in which the tokens stand in the text. Most families share one layout (every
+tile an equal grid of tokens); `families.py` names the others. `tests.coverage` holds every layout against the model:
+it changes a region of the page and looks which tokens move.
+
+Shape legend: N visual tokens of one page; pictures are [tiles, 3, rows, columns]; groups are lists of N arrays
+[3, pixels] with the channels x, y and paper (1 on the page, 0 where the processor padded), all in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+SLIVER = 0.05  # a token of which less is paper sees padding
+Groups = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a processor made of the page whose colours are its coordinates.
+
+    Attributes:
+        colour: float64 [tiles, 3, rows, columns]: x, y, paper; flat patches are tiles of one row.
+        size_px: width, height of the page.
+        config: the model's config.
+        inputs: everything else that the processor returned for that page.
+    """
+
+    colour: np.ndarray
+    size_px: tuple[int, int]
+    config: Any
+    inputs: dict[str, Any]
+
+
+def measure_boxes(
+    process: Callable[[np.ndarray], dict[str, Any]],
+    *,
+    size_px: tuple[int, int],
+    n_tokens: int,
+    layout: str,
+    config: Any,
+) -> np.ndarray | None:
+    """Page box of every visual token.
+
+    Args:
+        process: runs the processor on one page, uint8 [height, width, 3].
+        size_px: width, height of pages.
+        n_tokens: visual tokens of a page.
+        layout: key of `LAYOUTS`.
+        config: the model's config.
+
+    Returns:
+        float32 [n_tokens, 4] as x0 y0 x1 y1 in [0, 1], zeros where a token sees padding or no part of the page; None
+        where the layout does not come to `n_tokens`.
+    """
+    width, height = size_px
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)[None, :]
+    ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
+    ramp[..., 2] = 255  # tells paper from what the processor pads with
+    black = np.zeros_like(ramp)
+    inputs = process(ramp)  # one page a call: some processors pad the pages of a batch to one another
+    channels_last = _channels_last(lambda page: process(page)["pixel_values"], black)
+    seen, dark, light = (
+        _tiles(pixels, channels_last)
+        for pixels in (inputs["pixel_values"], *(process(page)["pixel_values"] for page in (black, ~black)))
+    )
+    low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
+    colour = (seen - low) / (high - low)  # 0..1: undoes any normalisation
+    groups = LAYOUTS[layout](Seen(colour, size_px, config, inputs), n_tokens)
+    if groups is None or len(groups) != n_tokens:
+        return None
+    return np.stack([_box(group) for group in groups])
+
+
+def grid(seen: Seen, n_tokens: int) -> Groups | None:
+    """Every tile an equal grid of tokens in reading order; or flat patches, a token a run of patches (Qwen's merge)."""
+    tiles, _, rows, columns = seen.colour.shape
+    if rows == 1:
+        if tiles % n_tokens:
+            return None
+        run = tiles // n_tokens
+        return list(seen.colour.reshape(n_tokens, run, 3, columns).swapaxes(1, 2).reshape(n_tokens, 3, -1))
+    if n_tokens % tiles:
+        return None
+    each = n_tokens // tiles
+    down = round(math.sqrt(each * rows / columns))
+    if down == 0 or each % down:
+        return None
+    across = each // down
+    high, wide = rows // down, columns // across  # a remainder at the edge is not seen by the patches
+    return [group for tile in seen.colour for group in _cut(tile[:, : high * down, : wide * across], down, across)]
+
+
+def anyres(seen: Seen, n_tokens: int) -> Groups | None:
+    """LLaVA-NeXT: the whole page, then its tiles put together, padding cut off, a newline token after every row.
+
+    LLaVA-OneVision shrinks the rows and columns of a large page; what is left is an equal grid all the same.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    side = seen.config.vision_config.image_size // seen.config.vision_config.patch_size
+    whole = _cut(seen.colour[0], side, side)
+    rest = n_tokens - len(whole)
+    if len(seen.colour) == 1:
+        return whole + [_NOWHERE] * rest
+    width, height = seen.size_px
+    tile_px = seen.colour.shape[-1]
+    best = select_best_resolution((height, width), seen.config.image_grid_pinpoints)
+    down, across = best[0] // tile_px, best[1] // tile_px
+    if down * across != len(seen.colour) - 1:
+        return None
+    page = seen.colour[1:].reshape(down, across, 3, tile_px, tile_px).transpose(2, 0, 3, 1, 4)
+    page = page.reshape(3, down * tile_px, across * tile_px)
+    rows, columns = down * side, across * side
+    patch_px = tile_px // side
+    if width / height > columns / rows:
+        cut = (rows - int(round(height * columns / width, 7))) // 2
+        page, rows = page[:, cut * patch_px : page.shape[1] - cut * patch_px], rows - 2 * cut
+    else:
+        cut = (columns - int(round(width * rows / height, 7))) // 2
+        page, columns = page[:, :, cut * patch_px : page.shape[2] - cut * patch_px], columns - 2 * cut
+    fits = [(r, rest // r - 1) for r in range(1, rows + 1) if rest % r == 0 and 0 < rest // r - 1 <= columns]
+    if not fits:
+        return None
+    rows, columns = min(fits, key=lambda fit: abs(math.log(fit[0] / fit[1] * columns / rows)))
+    tokens = _cut(page, rows, columns)
+    lines = [[*tokens[row * columns : (row + 1) * columns], _NOWHERE] for row in range(rows)]
+    return whole + [token for line in lines for token in line]
+
+
+def blocks(seen: Seen, n_tokens: int) -> Groups | None:
+    """Flat patches in reading order, pooled in square blocks; patches of padding at the end."""
+    patches = [patch for patch in seen.colour[:, :, 0] if patch[2].mean() > SLIVER]
+    if not patches or len(patches) % n_tokens:
+        return None
+    pool = math.isqrt(len(patches) // n_tokens)
+    left = np.array([patch[0].mean() for patch in patches])
+    across = next((place for place in range(1, len(left)) if left[place] < left[place - 1]), len(left))
+    if pool * pool * n_tokens != len(patches) or len(patches) % across or across % pool:
+        return None
+    patch_DA3P = np.stack(patches).reshape(-1, across, 3, seen.colour.shape[-1])
+    return [
+        np.concatenate(list(patch_DA3P[row : row + pool, column : column + pool].reshape(pool * pool, 3, -1)), axis=1)
+        for row in range(0, len(patch_DA3P), pool)
+        for column in range(0, across, pool)
+    ]
+
+
+def whole(seen: Seen, n_tokens: int) -> Groups | None:
+    """Tokens of a resampler or query transformer have no place of their own: each looks at its whole tile."""
+    tiles = len(seen.colour)
+    if n_tokens % tiles or seen.colour.shape[2] == 1:
+        return None
+    return [tile.reshape(3, -1) for tile in seen.colour for _ in range(n_tokens // tiles)]
+
+
+LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
+    "anyres": anyres,
+    "blocks": blocks,
+    "grid": grid,
+    "whole": whole,
+}
+
+_NOWHERE = np.zeros((3, 0))  # newlines and other separators that the model puts among its visual tokens
+
+
+def _cut(picture: np.ndarray, down: int, across: int) -> Groups:
+    """A picture [3, rows, columns] in `down` x `across` equal parts, in reading order."""
+    edge_y = np.linspace(0, picture.shape[1], down + 1).round().astype(int)
+    edge_x = np.linspace(0, picture.shape[2], across + 1).round().astype(int)
+    return [
+        picture[:, edge_y[row] : edge_y[row + 1], edge_x[column] : edge_x[column + 1]].reshape(3, -1)
+        for row in range(down)
+        for column in range(across)
+    ]
+
+
+def _box(group: np.ndarray) -> np.ndarray:
+    """The box of one token's pixels [3, pixels], float32 [4]."""
+    paper = group[2] > 0.5
+    box = np.zeros(4, np.float32)
+    if paper.size == 0 or paper.mean() < SLIVER:
+        return box
+    for axis in (0, 1):
+        coordinate = np.clip(group[axis][paper], 0, 1)
+        low, high = coordinate.min(), coordinate.max()
+        half_pixel = (high - low) / max(math.sqrt(paper.size) - 1, 1) / 2
+        box[axis], box[axis + 2] = max(low - half_pixel, 0), min(high + half_pixel, 1)
+    return box
+
+
+def _channels_last(pixels_of: Callable[[np.ndarray], Any], black: np.ndarray) -> bool:
+    """Whether flat patches hold their colours pixel by pixel: told by a red page."""
+    dark = _values(pixels_of(black))
+    if _is_picture(dark):
+        return False
+    red = black.copy()
+    red[..., 0] = 255
+    moved = np.abs(_values(pixels_of(red)) - dark).reshape(-1, dark.shape[-1]).max(0) > 0
+    return bool(moved[::3].all() and not moved[1::3].any())
+
+
+def _values(pixels: Any) -> np.ndarray:
+    while isinstance(pixels, (list, tuple)):
+        pixels = pixels[0]
+    return torch.as_tensor(pixels).double().numpy()
+
+
+def _is_picture(values: np.ndarray) -> bool:
+    return values.ndim >= 4 or (values.ndim == 3 and values.shape[0] == 3)
+
+
+def _tiles(pixels: Any, channels_last: bool) -> np.ndarray:
+    """Pixel values of one page as float64 [tiles, 3, rows, columns]; flat patches are tiles of one row."""
+    values = _values(pixels)
+    if _is_picture(values):
+        return values.reshape(-1, *values.shape[-3:])
+    patches = values.reshape(-1, values.shape[-1])  # [patches, 3 x frames x side x side], or side x side x 3
+    if channels_last:
+        return patches.reshape(len(patches), -1, 3).swapaxes(1, 2)[:, :, None]
+    return patches.reshape(len(patches), 3, 1, -1)

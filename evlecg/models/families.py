@@ -53,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
+    "shieldgemma2": Family(refused="judges images by policies that its processor writes: it cannot be asked a question"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
     "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),

@@ -19,8 +19,6 @@ class Family:
 
     Attributes:
         refused: why it can be neither teacher nor student; empty where it can.
-        fusion: "early" (visual tokens stand in the text), "cross" (the text attends to them from outside) or
-            "encoder_decoder" (an encoder reads the page, a decoder writes the answer).
         image_token_id: where the config holds the id of the image placeholder; dots lead into sub-configs.
         processor: further keyword arguments of the processor's call.
         layout: how the tokens of a page lie in the processor's pixels; a key of `positions.LAYOUTS`.
@@ -31,7 +29,6 @@ class Family:
     """
 
     refused: str = ""
-    fusion: str = "early"
     image_token_id: str = "image_token_id"
     processor: Mapping[str, Any] = field(default_factory=dict)
     layout: str = "grid"
@@ -42,15 +39,25 @@ class Family:
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
+    "blip": Family(layout="headed"),
+    "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "evolla": Family(refused="reads proteins, not images"),
+    "florence2": Family(layout="headed"),
+    "git": Family(layout="headed"),
+    "idefics": Family(layout="whole"),
     "idefics2": Family(layout="whole"),
+    "instructblip": Family(image_token_id="image_token_index", layout="whole"),
+    "kosmos-2": Family(layout="whole"),
+    "kosmos-2.5": Family(layout="whole"),
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
+    "mllama": Family(layout="headed"),
     "paligemma": Family(answer_type=1),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
+    "vision-encoder-decoder": Family(layout="headed"),
 }  # fmt: skip
 
 

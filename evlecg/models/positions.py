@@ -156,6 +156,29 @@ def blocks(seen: Seen, n_tokens: int) -> Groups | None:
     ]
 
 
+def headed(seen: Seen, n_tokens: int) -> Groups | None:
+    """Every tile's tokens begin with some that see all of it (class token, registers, a mean), then an equal grid."""
+    tiles = len(seen.colour)
+    if n_tokens % tiles:
+        return None
+    each = n_tokens // tiles
+    rows, columns = seen.colour.shape[2:]
+    for heads in range(each):
+        cells = grid(seen, (each - heads) * tiles)
+        if cells is None:
+            continue
+        down = round(math.sqrt((each - heads) * rows / columns))
+        if abs(rows / down * ((each - heads) // down) / columns - 1) > 0.2:  # cells are as square as patches are
+            continue
+        per_tile = each - heads
+        return [
+            group
+            for place, tile in enumerate(seen.colour)
+            for group in [tile.reshape(3, -1)] * heads + cells[place * per_tile : (place + 1) * per_tile]
+        ]
+    return None
+
+
 def whole(seen: Seen, n_tokens: int) -> Groups | None:
     """Tokens of a resampler or query transformer have no place of their own: each looks at its whole tile."""
     tiles = len(seen.colour)
@@ -168,6 +191,7 @@ LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
     "anyres": anyres,
     "blocks": blocks,
     "grid": grid,
+    "headed": headed,
     "whole": whole,
 }
 

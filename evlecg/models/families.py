@@ -43,7 +43,7 @@ FAMILIES: dict[str, Family] = {
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "evolla": Family(refused="reads proteins, not images"),
-    "florence2": Family(layout="headed"),
+    "florence2": Family(layout="headed_centred"),
     "git": Family(layout="headed"),
     "idefics": Family(layout="whole"),
     "idefics2": Family(layout="whole"),

@@ -59,6 +59,7 @@ class Apart:
         begins: where the config holds the first id of a decoder's text.
         keeps_bos: the tokenizer's own begin mark follows that first id (BART's kind).
         head: the output head's module, where `get_output_embeddings` does not know it.
+        flattened: the processor stretches the page onto patches that carry their row and column.
         scale: a page is this many times the processor's tile in both directions.
     """
 
@@ -74,6 +75,7 @@ class Apart:
     begins: tuple[str, ...] = ("decoder_start_token_id", "text_config.decoder_start_token_id")
     keeps_bos: bool = False
     head: str = ""
+    flattened: bool = False
     scale: int = 1
 
 
@@ -95,12 +97,13 @@ APART: dict[str, Apart] = {
     "instructblip": Apart(ROW, "{earlier}{question}"),
     "kosmos-2": Apart(ROW, marks="image_embeds_position_mask"),
     "kosmos-2.5": Apart(
-        ROW, "<md>{earlier}{question}", marks="image_embeds_position_mask"
+        ROW, "<md>{earlier}{question}", marks="image_embeds_position_mask", flattened=True
     ),
     "mllama": Apart(ROW, "<|image|>{earlier}{question}\n", ("model.multi_modal_projector",), real="aspect_ratio_mask",
                     count="patches", scale=2),
     "pix2struct": Apart(
         DECODER, "{earlier}{question}", ("encoder",), real="attention_mask", count="flattened",
+        flattened=True,
     ),
     "t5gemma2": Apart(ENCODER, "{image}{earlier}{question}\n"),
     "vision-encoder-decoder": Apart(
@@ -342,6 +345,8 @@ def boxes(encoder: Encoder, n_tokens: int) -> np.ndarray | None:
         width, height = encoder.size_px
         inputs = process(np.full((height, width, 3), 255, np.uint8))
         return flattened_boxes(inputs["flattened_patches"][0], n_tokens)
+    if row.flattened:  # no patch is a token: latent queries look at all of them
+        return np.tile(np.array([0, 0, 1, 1], np.float32), (n_tokens, 1))
     return measure_boxes(
         process, size_px=encoder.size_px, n_tokens=n_tokens, layout=encoder.family.layout,
         config=encoder.checkpoint.config,

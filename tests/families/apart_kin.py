@@ -113,13 +113,16 @@ def mllama(folder: Path, *, seed: int = 0) -> Path:
 
 
 def _awake(kind: type) -> type:
-    """Gates that start at zero (a model that has learnt nothing of images) are opened."""
+    """What starts at zero (gates, query tokens, a projection) and would hide the image does not."""
 
     def build(config: object) -> object:
         model = kind(config)
         for name, parameter in model.named_parameters():
-            if name.rsplit(".", 1)[-1] in ("cross_attn_attn_gate", "cross_attn_mlp_gate", "alpha_cross_attn", "alpha_dense"):
+            last = name.rsplit(".", 1)[-1]
+            if last in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
                 parameter.data.fill_(0.8)
+            elif last in ("query_tokens", "mm_input_projection_weight"):
+                parameter.data.normal_(std=0.3)
         return model
 
     return build  # type: ignore[return-value]
@@ -168,18 +171,7 @@ def _blip2(folder: Path, seed: int, text: dict, tokenizer: PreTrainedTokenizerFa
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         initializer_range=INIT,
     )  # fmt: skip
-    return _save(_asking(Blip2ForConditionalGeneration), config, processor, folder, seed, True)
-
-
-def _asking(kind: type) -> type:
-    """Query tokens that start at zero all ask the same: they are told apart."""
-
-    def build(config: object) -> object:
-        model = kind(config)
-        model.query_tokens.data.normal_(std=1.0)
-        return model
-
-    return build  # type: ignore[return-value]
+    return _save(_awake(Blip2ForConditionalGeneration), config, processor, folder, seed, True)
 
 
 def blip2(folder: Path, *, seed: int = 0) -> Path:
@@ -311,13 +303,127 @@ def vision_encoder_decoder(folder: Path, *, seed: int = 0) -> Path:
     return _save(VisionEncoderDecoderModel, config, processor, folder, seed, True)
 
 
+def idefics(folder: Path, *, seed: int = 0) -> Path:
+    """IDEFICS: a perceiver's latents, of the vision tower's width, read through gated cross-attention layers."""
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsImageProcessor, IdeficsProcessor
+
+    tokenizer = _llama_like(640, ("<fake_token_around_image>", "<image>", "<end_of_utterance>"))
+    config = IdeficsConfig(
+        vocab_size=len(tokenizer), hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        cross_layer_interval=1, use_resampler=True, alpha_initializer="ones", initializer_range=INIT,
+        freeze_text_layers=False, freeze_vision_layers=False, max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vision_config={"embed_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                       "image_size": 56, "patch_size": 14, "initializer_range": INIT},
+        perceiver_config={"use_resampler": True, "resampler_n_latents": 8, "resampler_depth": 1,
+                          "resampler_n_heads": 4, "resampler_head_dim": 8},
+    )  # fmt: skip
+    processor = IdeficsProcessor(IdeficsImageProcessor(image_size=56, **INK), tokenizer)
+    return _save(IdeficsForVisionText2Text, config, processor, folder, seed, True)
+
+
+def instructblip(folder: Path, *, seed: int = 0) -> Path:
+    """InstructBLIP with a Llama: query tokens that have read the question, in front of the begin mark."""
+    from transformers import (
+        BlipImageProcessor,
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipProcessor,
+    )
+
+    tokenizer, asking = _llama_like(), _bert_like()
+    processor = InstructBlipProcessor(
+        BlipImageProcessor(size={"height": 56, "width": 56}, **INK), tokenizer, asking, num_query_tokens=4
+    )
+    config = InstructBlipConfig(
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                       "image_size": 56, "patch_size": 14, "initializer_range": INIT},
+        qformer_config={"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                        "encoder_hidden_size": 32, "vocab_size": len(asking), "initializer_range": INIT,
+                        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 40, "intermediate_size": 64,
+                     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+                     "max_position_embeddings": 512, "initializer_range": INIT},
+        num_query_tokens=4, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), initializer_range=INIT,
+    )  # fmt: skip
+    return _save(_awake(InstructBlipForConditionalGeneration), config, processor, folder, seed, True)
+
+
+def kosmos2_5(folder: Path, *, seed: int = 0) -> Path:
+    """Kosmos-2.5: Pix2Struct's patches, latent queries in a marked run of the text."""
+    from transformers import (
+        Kosmos2_5Config,
+        Kosmos2_5ForConditionalGeneration,
+        Kosmos2_5ImageProcessor,
+        Kosmos2_5Processor,
+    )
+
+    tokenizer = _llama_like(
+        640, ("<image>", "</image>", "<md>"),
+        extra_special_tokens={"boi_token": "<image>", "eoi_token": "</image>", "image_token": "<s>"},
+    )  # fmt: skip
+    config = Kosmos2_5Config(
+        text_config={"vocab_size": len(tokenizer), "embed_dim": 40, "layers": 2, "ffn_dim": 64, "attention_heads": 4,
+                     "max_position_embeddings": 512, "dropout": 0.0, "attention_dropout": 0.0, "init_std": INIT,
+                     "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                     "pad_token_id": tokenizer.pad_token_id},
+        vision_config={"hidden_size": 32, "patch_embed_hidden_size": 192, "intermediate_size": 64, "head_dim": 8,
+                       "num_hidden_layers": 2, "num_attention_heads": 4, "max_num_patches": 64, "patch_size": 8,
+                       "initializer_range": INIT},
+        latent_query_num=8,
+    )  # fmt: skip
+    processor = Kosmos2_5Processor(
+        Kosmos2_5ImageProcessor(max_patches=40, patch_size={"height": 8, "width": 8}), tokenizer, num_image_tokens=8
+    )
+    return _save(Kosmos2_5ForConditionalGeneration, config, processor, folder, seed, True)
+
+
+def t5gemma2(folder: Path, *, seed: int = 0) -> Path:
+    """T5Gemma 2: Gemma 3's pooled SigLIP tokens in the encoder's text, answers from a decoder."""
+    from transformers import Gemma3ImageProcessor, Gemma3Processor, T5Gemma2Config, T5Gemma2ForConditionalGeneration
+
+    tokens = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    special = ["<pad>", "<eos>", "<bos>", *tokens.values()]
+    tokenizer = metaspace_tokenizer(
+        640, special, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", extra_special_tokens=tokens
+    )
+    ids = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+        "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+        "bos_token_id": ids("<bos>"), "eos_token_id": ids("<eos>"), "pad_token_id": ids("<pad>"),
+        "initializer_range": INIT,
+    }  # fmt: skip
+    config = T5Gemma2Config(
+        encoder={
+            "text_config": text,
+            "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64,
+                              "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 112, "patch_size": 14},
+            "mm_tokens_per_image": 16, "boi_token_index": ids("<start_of_image>"),
+            "eoi_token_index": ids("<end_of_image>"), "image_token_index": ids("<image_soft_token>"),
+            "initializer_range": INIT,
+        },
+        decoder=text, image_token_index=ids("<image_soft_token>"), eoi_token_index=ids("<end_of_image>"),
+        initializer_range=INIT,
+    )  # fmt: skip
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 112, "width": 112}, **INK), tokenizer, image_seq_length=16
+    )
+    return _save(_awake(T5Gemma2ForConditionalGeneration), config, processor, folder, seed, True)
+
+
 BUILDERS = {
     "blip": blip,
     "blip-2": blip2,
     "florence2": florence2,
     "git": git,
+    "idefics": idefics,
+    "instructblip": instructblip,
     "kosmos-2": kosmos2,
+    "kosmos-2.5": kosmos2_5,
     "mllama": mllama,
     "pix2struct": pix2struct,
+    "t5gemma2": t5gemma2,
     "vision-encoder-decoder": vision_encoder_decoder,
 }

@@ -28,6 +28,7 @@ from evlecg.page.render import Page
 from evlecg.schema import Question, Side
 
 REMEMBERED_TURNS = 20_000
+MOST_APPENDED = 2  # tokens that a processor puts behind the text
 PAPER_SHAPE = (1100, 850)  # landscape letter at 100 px an inch: the shape of a page where the processor sets none
 
 
@@ -98,6 +99,7 @@ class Encoder:
         self.nothing_asked = Turn("", ".")
         self.size_px = size_px or self._wanted_size()
         pad = self.tokenizer.pad_token_id
+        self.image_id = checkpoint.image_token_id
         self.pad_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
         self._tails: dict[Turn, _Tail] = {}
         self._boxes: dict[int, np.ndarray] = {}
@@ -138,6 +140,7 @@ class Encoder:
         tails = [[self._tail(turn) for turn in row] for row in turns]
         rows = self._process([page.pixels for page in pages], [self.text(row[0])[1] for row in turns])
         special = rows["attention_mask"].shape
+        rows.pop("labels", None)  # PaliGemma's processor marks all that is not its own suffix as unanswered
         per_token = {
             key: value
             for key, value in rows.items()
@@ -199,14 +202,8 @@ class Encoder:
         prompt, full = self.text(turn)
         encoded = self.tokenizer(full, add_special_tokens=self._adds(full), return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        images = [place for place, token in enumerate(ids) if token == self.checkpoint.image_token_id]
-        if not images:
-            raise EvlecgError(
-                "the chat template puts no image placeholder into the prompt",
-                where=self.checkpoint.name,
-                hint=f"the template gave {prompt!r}",
-            )
-        start = images[-1] + 1
+        image_end = self._image_end(prompt)
+        start = next((place for place, (begin, _) in enumerate(offsets) if begin >= image_end), len(ids))
         answer_start = full.index(turn.answer, len(prompt)) if turn.answer else len(full)
         answer_stop = answer_start + len(turn.answer)
         # a token belongs to the answer when it ends behind the prompt; end-of-turn marks do, white space before does
@@ -217,17 +214,31 @@ class Encoder:
         )
         return _Tail(tuple(ids[start:]), is_answer, byte_end)
 
+    def _image_end(self, prompt: str) -> int:
+        """Where the image's placeholder ends in a prompt."""
+        named = (getattr(self.processor, name, None) for name in ("image_placeholder_token", "image_token"))
+        known = {*named, self.tokenizer.convert_ids_to_tokens(self.image_id)}
+        ends = [prompt.rindex(token) + len(token) for token in known if token and token in prompt]
+        if not ends:
+            raise EvlecgError(
+                "the chat template puts no image placeholder into the prompt",
+                where=self.checkpoint.name,
+                hint=f"the template gave {prompt!r}",
+            )
+        return max(ends)
+
     def _row(self, ids: list[int], tails: list[_Tail], extra: dict[str, list[int]]) -> dict[str, list[int]]:
         """One row: the shared prefix, then every question's block."""
         first = tails[0].ids
-        if tuple(ids[len(ids) - len(first) :]) != first:
+        start = _last_place(ids, first)
+        if start is None:
             raise EvlecgError(
                 "the text behind the image is tokenized differently once the image is expanded",
                 where=self.checkpoint.name,
                 hint="this family needs a row of its own; please report it",
             )
         shared = _common_prefix(tails) if len(tails) > 1 else 0
-        prefix = len(ids) - len(first) + shared
+        prefix = start + shared
         row: dict[str, list[int]] = {
             "input_ids": ids[:prefix], "block": [0] * prefix, "byte_end": [0] * prefix, "answer": [0] * prefix,
         }  # fmt: skip
@@ -238,6 +249,8 @@ class Encoder:
             row["answer"] += [int(flag) for flag in tail.is_answer[shared:]]
         for key, values in extra.items():  # token types and the like: further text is of the type the text had
             row[key] = values[:prefix] + [values[-1]] * (len(row["input_ids"]) - prefix)
+        if self.family.answer_type is not None:
+            row["token_type_ids"] = [flag * self.family.answer_type for flag in row["answer"]]
         return row
 
     def _pad(self, built: list[dict[str, list[int]]], extra: list[str]) -> dict[str, Tensor]:
@@ -257,7 +270,7 @@ class Encoder:
             return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in built], dtype=torch.long)
 
         valid_BS = inputs["attention_mask"].bool()
-        visual_BS = (inputs["input_ids"] == self.checkpoint.image_token_id) & valid_BS
+        visual_BS = (inputs["input_ids"] == self.image_id) & valid_BS
         counts = visual_BS.sum(1).tolist()
         boxes = [page.layout.to_paper(self.boxes(count)) for count, page in zip(counts, pages, strict=True)]
         box_BN4 = torch.zeros(len(built), max(counts), 4)
@@ -354,6 +367,14 @@ def _anyres_size(pinpoints: Any) -> tuple[int, int]:
 def _entry(size: Any, key: str) -> int | None:
     """`size[key]` of a dict or of transformers' SizeDict, None where it is not set."""
     return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
+
+
+def _last_place(ids: list[int], tail: tuple[int, ...]) -> int | None:
+    """Where `tail` begins in `ids`; a processor may append an end of line of its own, which is left out."""
+    for start in range(len(ids) - len(tail), max(len(ids) - len(tail) - MOST_APPENDED, 0) - 1, -1):
+        if tuple(ids[start : start + len(tail)]) == tail:
+            return start
+    return None
 
 
 def _common_prefix(tails: list[_Tail]) -> int:

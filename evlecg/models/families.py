@@ -26,6 +26,7 @@ class Family:
             the turns before.
         answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
+        logits: what the model does to its head's output; a key of `outputs.LOGITS`.
     """
 
     refused: str = ""
@@ -34,6 +35,7 @@ class Family:
     layout: str = "grid"
     prompt: str = "{image}{earlier}{question}\n"
     answer_type: int | None = None
+    logits: str = "plain"
 
 
 GENERIC = Family()
@@ -42,6 +44,9 @@ FAMILIES: dict[str, Family] = {
     "blip": Family(layout="headed"),
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
+    "gemma3n": Family(logits="softcap"),
+    "gemma4": Family(layout="blocks", logits="softcap"),
+    "gemma4_unified": Family(layout="blocks", logits="softcap"),
     "evolla": Family(refused="reads proteins, not images"),
     "florence2": Family(layout="headed_centred"),
     "git": Family(layout="headed"),
@@ -54,7 +59,8 @@ FAMILIES: dict[str, Family] = {
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
     "mllama": Family(layout="headed"),
-    "paligemma": Family(answer_type=1),
+    "video_llava": Family(processor={"return_legacy_image_output": False}),
+    "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
     "vision-encoder-decoder": Family(layout="headed"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,10 +67,25 @@ class AnswerHead(nn.Module):
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
         self.head = apart.output_head(loaded)
+        self.finish = LOGITS[loaded.checkpoint.family.logits]
+        self.text = loaded.checkpoint.config.get_text_config()
 
     def forward(self, states_AD: Tensor, side: Side) -> Tensor:
         """Logits [A,V] of the tokens at `side.answer_A2`, given the states that predict them."""
-        return self.head(states_AD)
+        return self.finish(self.head(states_AD), self.text)
+
+
+def _softcap(logits_AV: Tensor, text: Any) -> Tensor:
+    """Gemma's soft limit of the logits, where the config sets one."""
+    cap = getattr(text, "final_logit_softcapping", None)
+    return logits_AV if cap is None else cap * torch.tanh(logits_AV / cap)
+
+
+# what models do to their head's output, given the text config
+LOGITS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "plain": lambda logits_AV, text: logits_AV,
+    "softcap": _softcap,
+}
 
 
 def tree_mask(block_BS: Tensor, dtype: torch.dtype) -> Tensor:

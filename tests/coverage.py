@@ -121,6 +121,8 @@ def examine(loaded: models.Loaded, encoder: Encoder) -> tuple[int, str, str]:
     """
     side = encoder.encode([noise(encoder), noise(encoder, 1)], [TURNS[:1], TURNS[1:2]])
     counts = side.visual_BS.sum(1).tolist()
+    if not any(counts):  # visual tokens of another width than the text's are no positions
+        counts = [side.visual_box_BN4.shape[1]] * len(counts)
     assert min(counts) > 0, "no visual token"
     features = count_features(loaded, side)
     assert features == sum(counts), f"{sum(counts)} image tokens, {features} image features"
@@ -204,7 +206,7 @@ def train(teacher: Path, student: Path, data: Path, out: Path) -> None:
     before, after = (_weights(folder) for folder in (student, out / "student"))
     assert set(after) == set(before), "the student's file does not hold the student alone"
     moved = {name for name in after if not torch.equal(after[name], before[name])}
-    vision = {name for name in after if any(word in name for word in ("vision", "visual", "image", "vit"))}
+    vision = {name for name in after if any(word in name for word in ("vision", "visual", "image", "vit", "patch"))}
     assert moved & vision, "no gradient reaches the vision tower"
     assert moved - vision, "no gradient reaches the language model"
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from evlecg.errors import EvlecgError
+from evlecg.models.positions import measure_boxes
 from evlecg.page.layout import batch_cells
 from evlecg.page.render import Page
 from evlecg.schema import Outputs, Side
@@ -58,6 +59,7 @@ class Apart:
         begins: where the config holds the first id of a decoder's text.
         keeps_bos: the tokenizer's own begin mark follows that first id (BART's kind).
         head: the output head's module, where `get_output_embeddings` does not know it.
+        flattened: the processor stretches the page onto patches that carry their row and column.
         scale: a page is this many times the processor's tile in both directions.
     """
 
@@ -73,6 +75,7 @@ class Apart:
     begins: tuple[str, ...] = ("decoder_start_token_id", "text_config.decoder_start_token_id")
     keeps_bos: bool = False
     head: str = ""
+    flattened: bool = False
     scale: int = 1
 
 
@@ -94,13 +97,13 @@ APART: dict[str, Apart] = {
     "instructblip": Apart(ROW, "{earlier}{question}"),
     "kosmos-2": Apart(ROW, marks="image_embeds_position_mask"),
     "kosmos-2.5": Apart(
-        ROW, "<md>{earlier}{question}", marks="image_embeds_position_mask"
+        ROW, "<md>{earlier}{question}", marks="image_embeds_position_mask", flattened=True
     ),
     "mllama": Apart(ROW, "<|image|>{earlier}{question}\n", ("model.multi_modal_projector",), real="aspect_ratio_mask",
                     count="patches", scale=2),
     "pix2struct": Apart(
-        DECODER, "{earlier}{question}", ("encoder",), real="attention_mask", width="vision_config.hidden_size",
-        count="flattened",
+        DECODER, "{earlier}{question}", ("encoder",), real="attention_mask", count="flattened",
+        flattened=True,
     ),
     "t5gemma2": Apart(ENCODER, "{image}{earlier}{question}\n"),
     "vision-encoder-decoder": Apart(
@@ -279,11 +282,11 @@ def _row(encoder: Encoder, pixels: np.ndarray, turn: Turn) -> _Row:
     prompt, full = _texts(encoder, turn)
     text = _written(encoder, prompt, full, turn)
     if row.form == DECODER:
-        inputs = encoder.process_alone(pixels, None)
+        inputs = _process(encoder, pixels, None)
         inputs[row.ids] = torch.tensor([text.ids])
         inputs[row.ids.replace("input_ids", "attention_mask")] = torch.ones(1, len(text.ids), dtype=torch.long)
         return _captured(encoder, row, inputs, text)
-    inputs = encoder.process_alone(pixels, prompt)
+    inputs = _process(encoder, pixels, prompt)
     ids = inputs["input_ids"][0].tolist()
     in_text = [int(mark) for mark in _marked(inputs, row, encoder.checkpoint.image_token_id)[0]]
     if row.form == ENCODER:
@@ -297,6 +300,74 @@ def _row(encoder: Encoder, pixels: np.ndarray, turn: Turn) -> _Row:
         return _captured(encoder, row, inputs, text)
     in_text += [0] * (len(text.ids) - len(in_text))
     return _Row(inputs, 0, text, in_text, _blocks(in_text), sum(in_text))
+
+
+def _process(encoder: Encoder, pixels: np.ndarray, prompt: str | None) -> dict[str, Tensor]:
+    """What the processor makes of one page, and of a prompt where it is to read one: a batch of one."""
+    from PIL import Image
+
+    if getattr(encoder.processor.image_processor, "is_vqa", False):
+        raise EvlecgError(
+            "the processor draws the question onto the page, which moves the page and needs a font from the hub",
+            where=encoder.checkpoint.name, hint="save it with image_processor.is_vqa=False: its decoder is then asked",
+        )  # fmt: skip
+    said: dict[str, Any] = {} if prompt is None else {"text": [prompt]}
+    if hasattr(encoder.processor.image_processor, "max_patches"):  # the processor's own default would hide it
+        said["max_patches"] = encoder.processor.image_processor.max_patches
+    bos = encoder.tokenizer.bos_token
+    if prompt is not None and bos and prompt.startswith(bos):  # a template wrote it
+        said["add_special_tokens"] = False
+    try:
+        found = encoder.processor(
+            images=[Image.fromarray(pixels)], return_tensors="pt", **said, **encoder.family.processor
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise EvlecgError(
+            "the checkpoint's processor cannot read a page and a question", where=encoder.checkpoint.name,
+            hint=next((line for line in str(error).splitlines() if line), type(error).__name__),
+        ) from error  # fmt: skip
+    return dict(found)
+
+
+def boxes(encoder: Encoder, n_tokens: int) -> np.ndarray | None:
+    """`positions.measure_boxes` for these families."""
+    row = apart_of(encoder.checkpoint.config)
+    assert row is not None
+    prompt = None if row.form == DECODER else _texts(encoder, encoder.nothing_asked)[0]
+
+    def process(page: np.ndarray) -> dict[str, Any]:
+        inputs: dict[str, Any] = _process(encoder, page, prompt)
+        if row.real and "pixel_values" in inputs:
+            pixels = inputs["pixel_values"]
+            real_K = inputs[row.real].flatten().bool()
+            inputs["pixel_values"] = pixels.reshape(-1, *pixels.shape[-3:])[real_K]
+        return inputs
+
+    if row.count == "flattened":
+        width, height = encoder.size_px
+        inputs = process(np.full((height, width, 3), 255, np.uint8))
+        return flattened_boxes(inputs["flattened_patches"][0], n_tokens)
+    if row.flattened:  # no patch is a token: latent queries look at all of them
+        return np.tile(np.array([0, 0, 1, 1], np.float32), (n_tokens, 1))
+    return measure_boxes(
+        process, size_px=encoder.size_px, n_tokens=n_tokens, layout=encoder.family.layout,
+        config=encoder.checkpoint.config,
+    )  # fmt: skip
+
+
+def flattened_boxes(patches_NP: Tensor, n_tokens: int) -> np.ndarray | None:
+    """Boxes of Pix2Struct's patches, which carry their row and column (from 1) in front of their pixels.
+
+    The page is stretched onto the whole grid of patches. Padding has row 0.
+    """
+    row_N, column_N = (patches_NP[:, axis].numpy().astype(int) for axis in (0, 1))
+    kept_N = row_N > 0
+    if kept_N.sum() != n_tokens:
+        return None
+    row_N, column_N = row_N[kept_N], column_N[kept_N]
+    down, across = row_N.max(), column_N.max()
+    edges = ((column_N - 1) / across, (row_N - 1) / down, column_N / across, row_N / down)
+    return np.stack(edges, 1).astype(np.float32)
 
 
 def _captured(encoder: Encoder, row: Apart, inputs: dict[str, Tensor], text: _Text) -> _Row:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evlecg.errors import EvlecgError
+from evlecg.models import apart
 from evlecg.models.load import Checkpoint
 from evlecg.models.positions import measure_boxes
 from evlecg.page.layout import batch_cells
@@ -94,12 +95,19 @@ class Encoder:
         self.family = checkpoint.family
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.size_px = size_px or wanted_page_size(processor.image_processor, getattr(processor, "images_kwargs", {}))
+        self.apart = apart.apart_of(checkpoint.config)
+        self.nothing_asked = Turn("", ".")
+        self.size_px = size_px or self._wanted_size()
         pad = self.tokenizer.pad_token_id
         self.image_id = checkpoint.image_token_id
         self.pad_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
         self._tails: dict[Turn, _Tail] = {}
         self._boxes: dict[int, np.ndarray] = {}
+
+    def _wanted_size(self) -> tuple[int, int]:
+        scale = self.apart.scale if self.apart is not None else 1
+        width, height = wanted_page_size(self.processor.image_processor, getattr(self.processor, "images_kwargs", {}))
+        return width * scale, height * scale
 
     def text(self, turn: Turn) -> tuple[str, str]:
         """(prompt, prompt with the answer): the checkpoint's chat template, image first."""
@@ -127,6 +135,8 @@ class Encoder:
         Returns:
             A `Side` of B = len(pages) rows.
         """
+        if self.apart is not None:
+            return apart.encode(self, pages, turns)
         tails = [[self._tail(turn) for turn in row] for row in turns]
         rows = self._process([page.pixels for page in pages], [self.text(row[0])[1] for row in turns])
         special = rows["attention_mask"].shape
@@ -149,6 +159,8 @@ class Encoder:
 
     def answer_ids(self, turn: Turn) -> tuple[int, ...]:
         """Ids of the answer's tokens, in their context."""
+        if self.apart is not None:
+            return apart.answer_ids(self, turn)
         tail = self._tail(turn)
         return tuple(token for token, answer in zip(tail.ids, tail.is_answer, strict=True) if answer)
 
@@ -290,14 +302,17 @@ class Encoder:
         return self._boxes[n_tokens]
 
     def _measure_boxes(self, n_tokens: int) -> np.ndarray:
-        text = self.text(Turn("", "."))[1]
-        boxes = measure_boxes(
-            lambda page: self._process([page], [text]),
-            size_px=self.size_px,
-            n_tokens=n_tokens,
-            layout=self.family.layout,
-            config=self.checkpoint.config,
-        )
+        if self.apart is not None:
+            boxes = apart.boxes(self, n_tokens)
+        else:
+            text = self.text(self.nothing_asked)[1]
+            boxes = measure_boxes(
+                lambda page: self._process([page], [text]),
+                size_px=self.size_px,
+                n_tokens=n_tokens,
+                layout=self.family.layout,
+                config=self.checkpoint.config,
+            )
         if boxes is None:
             raise EvlecgError(
                 f"cannot tell where {n_tokens} visual tokens of family {self.checkpoint.model_type!r} lie on the page",
@@ -307,7 +322,7 @@ class Encoder:
         return boxes
 
 
-def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> tuple[int, int]:  # noqa: B006
+def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> tuple[int, int]:
     """(width, height) of a page that the image processor neither crops nor squeezes more than it must.
 
     Args:
@@ -334,7 +349,11 @@ def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> 
         return int(largest), int(largest)  # Idefics3 unsplit: one square tile
     width, height = PAPER_SHAPE
     longest = size.get("longest_edge")
-    if longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
+    most_patches = getattr(image_processor, "max_patches", None)
+    if most_patches is not None:  # Pix2Struct: as many patches as it may have
+        patch = image_processor.patch_size
+        scale = math.sqrt(most_patches * _entry(patch, "height") * _entry(patch, "width") / (width * height))
+    elif longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
         scale = min(1.0, math.sqrt(longest / (width * height)))
     elif longest is not None:
         scale = longest / width

@@ -19,8 +19,6 @@ class Family:
 
     Attributes:
         refused: why it can be neither teacher nor student; empty where it can.
-        fusion: "early" (visual tokens stand in the text), "cross" (the text attends to them from outside) or
-            "encoder_decoder" (an encoder reads the page, a decoder writes the answer).
         image_token_id: where the config holds the id of the image placeholder; dots lead into sub-configs.
         processor: further keyword arguments of the processor's call.
         layout: how the tokens of a page lie in the processor's pixels; a key of `positions.LAYOUTS`.
@@ -32,7 +30,6 @@ class Family:
     """
 
     refused: str = ""
-    fusion: str = "early"
     image_token_id: str = "image_token_id"
     processor: Mapping[str, Any] = field(default_factory=dict)
     layout: str = "grid"
@@ -44,20 +41,30 @@ class Family:
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
+    "blip": Family(layout="headed"),
+    "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "gemma3n": Family(logits="softcap"),
     "gemma4": Family(layout="blocks", logits="softcap"),
     "gemma4_unified": Family(layout="blocks", logits="softcap"),
     "evolla": Family(refused="reads proteins, not images"),
+    "florence2": Family(layout="headed_centred"),
+    "git": Family(layout="headed"),
+    "idefics": Family(layout="whole"),
     "idefics2": Family(layout="whole"),
+    "instructblip": Family(image_token_id="image_token_index", layout="whole"),
+    "kosmos-2": Family(layout="whole"),
+    "kosmos-2.5": Family(layout="whole"),
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
-    "shieldgemma2": Family(refused="judges images by policies that its processor writes: it cannot be asked a question"),
+    "mllama": Family(layout="headed"),
+    "shieldgemma2": Family(refused="judges images by policies of its processor's: it cannot be asked a question"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
     "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
+    "vision-encoder-decoder": Family(layout="headed"),
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""What the losses and scores need of any early-fusion model, from its ordinary forward call.
+"""What the losses and scores need of any model, from its ordinary forward call.
 
 Shape legend: see schema.py. Visual positions are `input_ids == image_token_id`, so a hidden layer's visual tokens are
-a gather, and layer 0 at those positions is the projector's output: no family needs code of its own here.
+a gather, and layer 0 at those positions is the projector's output: no early-fusion family needs code of its own here.
+Families whose image, question and answer are not one text are read in apart.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evlecg.errors import EvlecgError
+from evlecg.models import apart
 from evlecg.models.encode import Encoder, Turn
 from evlecg.models.load import Loaded
 from evlecg.page.render import Page
@@ -31,6 +33,8 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
         model: the model as accelerate wrapped it; None: the bare one.
     """
     model = loaded.model if model is None else model
+    if loaded.checkpoint.apart is not None:
+        return apart.forward(loaded, side, visual_layer=visual_layer, model=model)
     forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
     inputs = dict(side.inputs)
     if bool((side.block_BS > 1).any()):
@@ -63,7 +67,7 @@ class AnswerHead(nn.Module):
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
-        self.head = loaded.model.get_output_embeddings()
+        self.head = apart.output_head(loaded)
         self.finish = LOGITS[loaded.checkpoint.family.logits]
         self.text = loaded.checkpoint.config.get_text_config()
 
@@ -134,6 +138,8 @@ def to_device(item: Any, device: torch.device | str) -> Any:
 @torch.no_grad()
 def count_features(loaded: Loaded, side: Side) -> int | None:
     """How many image features the model makes of a batch; None where it does not say (no `get_image_features`)."""
+    if loaded.checkpoint.apart is not None:
+        return forward(loaded, side).visual_BND.shape[:2].numel()  # where the text says no number, this counts
     extract = getattr(loaded.model, "get_image_features", None)
     if extract is None:
         return None
@@ -171,8 +177,8 @@ def packing_difference(loaded: Loaded, encoder: Encoder, page: Page, turns: list
             results.append(outputs.answer_logits_AV.float())
     finally:
         loaded.model.train(was_training)
-    together, apart = results
-    return float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-6))
+    together, alone = results
+    return float((together - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
 
 
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -182,6 +188,8 @@ def can_pack(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) ->
     """Whether packing gives this checkpoint the same logits as one question a row, and why not."""
     if len(turns) < 2:
         return False, "one question a page"
+    if loaded.checkpoint.apart is not None:
+        return False, "question, page and answer are not one text"
     try:
         difference = packing_difference(loaded, encoder, page, turns)
     except EvlecgError:
@@ -199,7 +207,14 @@ def image_matters(loaded: Loaded, side: Side) -> float:
     Zero means that the model does not see its images.
     """
     outputs = forward(loaded, side)
-    blank = {key: _blank(value) if "pixel_values" in key else value for key, value in side.inputs.items()}
+    blank = {
+        key: _blank(value)
+        if "pixel_values" in key
+        else _blank_flattened(value)
+        if key == "flattened_patches"
+        else value
+        for key, value in side.inputs.items()
+    }
     without = forward(loaded, dataclasses.replace(side, inputs=blank))
     logits, ablated = outputs.answer_logits_AV.float(), without.answer_logits_AV.float()
     return float((logits - ablated).abs().max() / logits.abs().max().clamp_min(1e-6))
@@ -209,6 +224,11 @@ def _blank(pixels: Tensor) -> Tensor:
     """Every tile or patch in one even tone; those of padding stay zero, by which Idefics3's kind knows them."""
     inner = tuple(range(max(pixels.ndim - 3, 1), pixels.ndim))
     return (pixels.abs().amax(inner, keepdim=True) > 0) * pixels.mean() + torch.zeros_like(pixels)
+
+
+def _blank_flattened(patches: Tensor) -> Tensor:
+    """Pix2Struct's patches without their pixels; row and column, in front of them, stay."""
+    return torch.cat([patches[..., :2], torch.zeros_like(patches[..., 2:])], -1)
 
 
 def _dtype(model: Any) -> torch.dtype:

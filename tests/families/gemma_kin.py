@@ -236,9 +236,9 @@ def gemma4_unified(folder: Path, *, seed: int = 0) -> Path:
 
 
 BUILDERS = {
+    "gemma3": gemma3,
     "gemma3n": gemma3n,
     "gemma4": gemma4,
     "gemma4_unified": gemma4_unified,
-    "gemma3": gemma3,
     "paligemma": paligemma,
 }

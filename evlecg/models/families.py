@@ -27,6 +27,7 @@ class Family:
         answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
         logits: what the model does to its head's output; a key of `outputs.LOGITS`.
+        two_way: tokens of one image see one another whatever their order.
     """
 
     refused: str = ""
@@ -36,6 +37,7 @@ class Family:
     prompt: str = "{image}{earlier}{question}\n"
     answer_type: int | None = None
     logits: str = "plain"
+    two_way: bool = False
 
 
 GENERIC = Family()
@@ -45,8 +47,9 @@ FAMILIES: dict[str, Family] = {
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "gemma3n": Family(logits="softcap"),
-    "gemma4": Family(layout="blocks", logits="softcap"),
-    "gemma4_unified": Family(layout="blocks", logits="softcap"),
+    "gemma3": Family(two_way=True),
+    "gemma4": Family(layout="blocks", logits="softcap", two_way=True),
+    "gemma4_unified": Family(layout="blocks", logits="softcap", two_way=True),
     "evolla": Family(refused="reads proteins, not images"),
     "florence2": Family(layout="headed_centred"),
     "git": Family(layout="headed"),

@@ -7,13 +7,15 @@ Families whose image, question and answer are not one text are read in apart.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evlecg.errors import EvlecgError
 from evlecg.models import apart
@@ -38,17 +40,19 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
     forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
     inputs = dict(side.inputs)
     if bool((side.block_BS > 1).any()):
-        inputs["attention_mask"] = tree_mask(side.block_BS, _dtype(model))
-        inputs["position_ids"] = tree_positions(side.block_BS)
+        inputs["attention_mask"] = _tree_masks(loaded, side, _dtype(model))
+        inputs["position_ids"] = _model_positions(loaded, side)
     keep_U, place_A = torch.unique(predict_A2[:, 1] - 1, return_inverse=True)
     if "logits_to_keep" in forward_keys:
         inputs["logits_to_keep"] = keep_U
-    result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
+    with _final_states(loaded.model) as final:
+        result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
     logits_BUV = result.logits
     if "logits_to_keep" not in forward_keys:
         logits_BUV = logits_BUV[:, keep_U]
     # Gemma 3n keeps several versions of every hidden state; the first is the one that its layers read
     layers = [layer[0] if layer.ndim == 4 else layer for layer in result.hidden_states]
+    layers[-1:] = final[-1:] or layers[-1:]
     return Outputs(
         hidden_BSD=layers[-1],
         visual_BND=gather_visual(layers[visual_layer], side.visual_BS),
@@ -56,6 +60,23 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
         answer_logits_AV=logits_BUV[predict_A2[:, 0], place_A],
         side=side,
     )
+
+
+@contextlib.contextmanager
+def _final_states(model: Any) -> Iterator[list[Tensor]]:
+    """Collects what the head reads: the last entry of `hidden_states` is not it where a family stops short of the norm."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        if isinstance(getattr(output, "last_hidden_state", None), Tensor):
+            found.append(output.last_hidden_state)
+
+    handle = model.base_model.register_forward_hook(keep) if model.base_model is not model else None
+    try:
+        yield found
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 class AnswerHead(nn.Module):
@@ -89,15 +110,46 @@ LOGITS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
-def tree_mask(block_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [B,1,S,S]: causal, and a block sees the shared prefix and itself only."""
+def tree_mask(
+    block_BS: Tensor, dtype: torch.dtype, *, window: int | None = None, two_way_BS: Tensor | None = None
+) -> Tensor:
+    """Additive attention mask [B,1,S,S]: causal, and a block sees the shared prefix and itself only.
+
+    Args:
+        block_BS: see `Side`.
+        dtype: of the mask.
+        window: how many positions back a sliding layer sees, itself included; None: all.
+        two_way_BS: tokens that see later ones of the same unbroken run, too (an image's).
+    """
     length = block_BS.shape[1]
     causal_SS = torch.ones(length, length, dtype=torch.bool, device=block_BS.device).tril()
     same_BSS = block_BS[:, :, None] == block_BS[:, None, :]
     prefix_BSS = (block_BS == 0)[:, None, :]
     seen_BSS = causal_SS & (same_BSS | prefix_BSS)  # padding sees padding: harmless, and no row is empty
+    if two_way_BS is not None:
+        starts_BS = two_way_BS & ~F.pad(two_way_BS, (1, 0))[:, :-1]
+        run_BS = torch.where(two_way_BS, starts_BS.cumsum(1), 0)
+        seen_BSS |= (run_BS[:, :, None] == run_BS[:, None, :]) & two_way_BS[:, :, None]
+    if window is not None:
+        place_BS = tree_positions(block_BS)
+        seen_BSS &= place_BS[:, :, None] - place_BS[:, None, :] < window
     mask_BSS = torch.zeros(seen_BSS.shape, dtype=dtype, device=block_BS.device)
     return mask_BSS.masked_fill(~seen_BSS, torch.finfo(dtype).min)[:, None]
+
+
+def _tree_masks(loaded: Loaded, side: Side, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The tree mask of every kind of attention layer that the language model has."""
+    text = loaded.checkpoint.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"])
+    two_way_BS = side.visual_BS if loaded.checkpoint.family.two_way else None
+    masks = {
+        kind: tree_mask(
+            side.block_BS, dtype, window=window if kind == "sliding_attention" else None, two_way_BS=two_way_BS
+        )
+        for kind in kinds
+    }
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def tree_positions(block_BS: Tensor) -> Tensor:
@@ -108,6 +160,21 @@ def tree_positions(block_BS: Tensor) -> Tensor:
     start_BS = torch.where(starts_BS, index_BS, 0).cummax(1).values
     prefix_B1 = (block_BS == 0).sum(1, keepdim=True)
     return torch.where(block_BS == 0, index_BS, prefix_B1 + index_BS - start_BS)
+
+
+def _model_positions(loaded: Loaded, side: Side) -> Tensor:
+    """`tree_positions` as the model counts them: [B,S], or [3,B,S] where an image counts its rows and columns."""
+    place_BS = tree_positions(side.block_BS)
+    count = getattr(loaded.model, "get_rope_index", None) or getattr(loaded.model.base_model, "get_rope_index", None)
+    if count is None:
+        return place_BS
+    prefix_BS = side.block_BS == 0
+    known = inspect.signature(count).parameters
+    given = {key: value for key, value in side.inputs.items() if key in known}
+    place_PBS, _ = count(**given | {"attention_mask": prefix_BS.to(side.inputs["attention_mask"].dtype)})
+    next_B = place_PBS.masked_fill(~prefix_BS, -1).amax((0, 2)) + 1
+    behind_BS = next_B[:, None] + place_BS - prefix_BS.sum(1, keepdim=True)
+    return torch.where(prefix_BS, place_PBS, behind_BS.to(place_PBS.dtype))
 
 
 def gather_visual(hidden_BSD: Tensor, visual_BS: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
 
 @contextlib.contextmanager
 def _final_states(model: Any) -> Iterator[list[Tensor]]:
-    """Collects what the head reads: the last entry of `hidden_states` is not it where a family stops short of the norm."""
+    """Collects what the head reads: in some families the last entry of `hidden_states` comes before the norm."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:

@@ -11,7 +11,7 @@ Where a visual token looks on the page is measured (positions.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evlecg.errors import EvlecgError
+from evlecg.models import apart
 from evlecg.models.load import Checkpoint
 from evlecg.models.positions import measure_boxes
 from evlecg.page.layout import batch_cells
@@ -27,6 +28,7 @@ from evlecg.page.render import Page
 from evlecg.schema import Question, Side
 
 REMEMBERED_TURNS = 20_000
+MOST_APPENDED = 2  # tokens that a processor puts behind the text
 PAPER_SHAPE = (1100, 850)  # landscape letter at 100 px an inch: the shape of a page where the processor sets none
 
 
@@ -93,11 +95,19 @@ class Encoder:
         self.family = checkpoint.family
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.size_px = size_px or wanted_page_size(processor.image_processor)
+        self.apart = apart.apart_of(checkpoint.config)
+        self.nothing_asked = Turn("", ".")
+        self.size_px = size_px or self._wanted_size()
         pad = self.tokenizer.pad_token_id
+        self.image_id = checkpoint.image_token_id
         self.pad_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
         self._tails: dict[Turn, _Tail] = {}
         self._boxes: dict[int, np.ndarray] = {}
+
+    def _wanted_size(self) -> tuple[int, int]:
+        scale = self.apart.scale if self.apart is not None else 1
+        width, height = wanted_page_size(self.processor.image_processor, getattr(self.processor, "images_kwargs", {}))
+        return width * scale, height * scale
 
     def text(self, turn: Turn) -> tuple[str, str]:
         """(prompt, prompt with the answer): the checkpoint's chat template, image first."""
@@ -127,9 +137,12 @@ class Encoder:
         Returns:
             A `Side` of B = len(pages) rows.
         """
+        if self.apart is not None:
+            return apart.encode(self, pages, turns)
         tails = [[self._tail(turn) for turn in row] for row in turns]
         rows = self._process([page.pixels for page in pages], [self.text(row[0])[1] for row in turns])
         special = rows["attention_mask"].shape
+        rows.pop("labels", None)  # PaliGemma's processor marks all that is not its own suffix as unanswered
         per_token = {
             key: value
             for key, value in rows.items()
@@ -148,6 +161,8 @@ class Encoder:
 
     def answer_ids(self, turn: Turn) -> tuple[int, ...]:
         """Ids of the answer's tokens, in their context."""
+        if self.apart is not None:
+            return apart.answer_ids(self, turn)
         tail = self._tail(turn)
         return tuple(token for token, answer in zip(tail.ids, tail.is_answer, strict=True) if answer)
 
@@ -191,13 +206,8 @@ class Encoder:
         prompt, full = self.text(turn)
         encoded = self.tokenizer(full, add_special_tokens=self._adds(full), return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        start = self._behind_image(full, ids, offsets)
-        if start is None:
-            raise EvlecgError(
-                "the chat template puts no image placeholder into the prompt",
-                where=self.checkpoint.name,
-                hint=f"the template gave {prompt!r}",
-            )
+        image_end = self._image_end(prompt)
+        start = next((place for place, (begin, _) in enumerate(offsets) if begin >= image_end), len(ids))
         answer_start = full.index(turn.answer, len(prompt)) if turn.answer else len(full)
         answer_stop = answer_start + len(turn.answer)
         # a token belongs to the answer when it ends behind the prompt; end-of-turn marks do, white space before does
@@ -208,29 +218,31 @@ class Encoder:
         )
         return _Tail(tuple(ids[start:]), is_answer, byte_end)
 
-    def _behind_image(self, full: str, ids: list[int], offsets: list[tuple[int, int]]) -> int | None:
-        """Place of the first token behind the image's placeholder, which may have a spelling of its own in prompts."""
-        images = [place for place, token in enumerate(ids) if token == self.checkpoint.image_token_id]
-        if images:
-            return images[-1] + 1
-        for name in ("image_placeholder_token", "image_token"):
-            mark = getattr(self.processor, name, None)
-            if mark and mark in full:
-                stop = full.rindex(mark) + len(mark)
-                return next((place for place, (begin, _) in enumerate(offsets) if begin >= stop), len(ids))
-        return None
+    def _image_end(self, prompt: str) -> int:
+        """Where the image's placeholder ends in a prompt."""
+        named = (getattr(self.processor, name, None) for name in ("image_placeholder_token", "image_token"))
+        known = {*named, self.tokenizer.convert_ids_to_tokens(self.image_id)}
+        ends = [prompt.rindex(token) + len(token) for token in known if token and token in prompt]
+        if not ends:
+            raise EvlecgError(
+                "the chat template puts no image placeholder into the prompt",
+                where=self.checkpoint.name,
+                hint=f"the template gave {prompt!r}",
+            )
+        return max(ends)
 
     def _row(self, ids: list[int], tails: list[_Tail], extra: dict[str, list[int]]) -> dict[str, list[int]]:
         """One row: the shared prefix, then every question's block."""
         first = tails[0].ids
-        if tuple(ids[len(ids) - len(first) :]) != first:
+        start = _last_place(ids, first)
+        if start is None:
             raise EvlecgError(
                 "the text behind the image is tokenized differently once the image is expanded",
                 where=self.checkpoint.name,
                 hint="this family needs a row of its own; please report it",
             )
         shared = _common_prefix(tails) if len(tails) > 1 else 0
-        prefix = len(ids) - len(first) + shared
+        prefix = start + shared
         row: dict[str, list[int]] = {
             "input_ids": ids[:prefix], "block": [0] * prefix, "byte_end": [0] * prefix, "answer": [0] * prefix,
         }  # fmt: skip
@@ -241,6 +253,8 @@ class Encoder:
             row["answer"] += [int(flag) for flag in tail.is_answer[shared:]]
         for key, values in extra.items():  # token types and the like: further text is of the type the text had
             row[key] = values[:prefix] + [values[-1]] * (len(row["input_ids"]) - prefix)
+        if self.family.answer_type is not None:
+            row["token_type_ids"] = [flag * self.family.answer_type for flag in row["answer"]]
         return row
 
     def _pad(self, built: list[dict[str, list[int]]], extra: list[str]) -> dict[str, Tensor]:
@@ -260,7 +274,7 @@ class Encoder:
             return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in built], dtype=torch.long)
 
         valid_BS = inputs["attention_mask"].bool()
-        visual_BS = (inputs["input_ids"] == self.checkpoint.image_token_id) & valid_BS
+        visual_BS = (inputs["input_ids"] == self.image_id) & valid_BS
         counts = visual_BS.sum(1).tolist()
         boxes = [page.layout.to_paper(self.boxes(count)) for count, page in zip(counts, pages, strict=True)]
         box_BN4 = torch.zeros(len(built), max(counts), 4)
@@ -292,14 +306,17 @@ class Encoder:
         return self._boxes[n_tokens]
 
     def _measure_boxes(self, n_tokens: int) -> np.ndarray:
-        text = self.text(Turn("", "."))[1]
-        boxes = measure_boxes(
-            lambda page: self._process([page], [text]),
-            size_px=self.size_px,
-            n_tokens=n_tokens,
-            layout=self.family.layout,
-            config=self.checkpoint.config,
-        )
+        if self.apart is not None:
+            boxes = apart.boxes(self, n_tokens)
+        else:
+            text = self.text(self.nothing_asked)[1]
+            boxes = measure_boxes(
+                lambda page: self._process([page], [text]),
+                size_px=self.size_px,
+                n_tokens=n_tokens,
+                layout=self.family.layout,
+                config=self.checkpoint.config,
+            )
         if boxes is None:
             raise EvlecgError(
                 f"cannot tell where {n_tokens} visual tokens of family {self.checkpoint.model_type!r} lie on the page",
@@ -309,8 +326,13 @@ class Encoder:
         return boxes
 
 
-def wanted_page_size(image_processor: Any) -> tuple[int, int]:
-    """(width, height) of a page that the image processor neither crops nor squeezes more than it must."""
+def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> tuple[int, int]:
+    """(width, height) of a page that the image processor neither crops nor squeezes more than it must.
+
+    Args:
+        image_processor: the checkpoint's.
+        defaults: what its processor sets where the image processor's own entry would decide otherwise.
+    """
     size = {
         key: value
         for key in ("height", "width", "shortest_edge", "longest_edge")
@@ -322,6 +344,8 @@ def wanted_page_size(image_processor: Any) -> tuple[int, int]:
     crop = getattr(image_processor, "crop_size", None)
     if getattr(image_processor, "do_center_crop", False) and crop is not None:
         return int(_entry(crop, "width") or crop), int(_entry(crop, "height") or crop)
+    if "height" in size and "width" in size and _tiles(image_processor, defaults):
+        return _tiled_size(int(size["width"]), int(size["height"]), image_processor)
     if "height" in size and "width" in size:
         return int(size["width"]), int(size["height"])
     largest = _entry(getattr(image_processor, "max_image_size", None), "longest_edge")
@@ -329,7 +353,11 @@ def wanted_page_size(image_processor: Any) -> tuple[int, int]:
         return int(largest), int(largest)  # Idefics3 unsplit: one square tile
     width, height = PAPER_SHAPE
     longest = size.get("longest_edge")
-    if longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
+    most_patches = getattr(image_processor, "max_patches", None)
+    if most_patches is not None:  # Pix2Struct: as many patches as it may have
+        patch = image_processor.patch_size
+        scale = math.sqrt(most_patches * _entry(patch, "height") * _entry(patch, "width") / (width * height))
+    elif longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
         scale = min(1.0, math.sqrt(longest / (width * height)))
     elif longest is not None:
         scale = longest / width
@@ -347,9 +375,35 @@ def _anyres_size(pinpoints: Any) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
+def _tiles(image_processor: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether a page is cut into a grid of tiles that is as wide and high as the page (InternVL's kind)."""
+    return bool(defaults.get("crop_to_patches", getattr(image_processor, "crop_to_patches", False)))
+
+
+def _tiled_size(tile_width: int, tile_height: int, image_processor: Any) -> tuple[int, int]:
+    """The grid of tiles that is nearest the paper's shape; of grids of one shape, the larger."""
+    most, least = image_processor.max_patches, image_processor.min_patches
+    width, height = PAPER_SHAPE
+    grids = [(across, down) for across in range(1, most + 1) for down in range(1, most // across + 1)]
+
+    def fit(grid: tuple[int, int]) -> tuple[float, int]:
+        return abs(math.log(grid[0] * tile_width * height / (grid[1] * tile_height * width))), -grid[0] * grid[1]
+
+    across, down = min((grid for grid in grids if grid[0] * grid[1] >= least), key=fit)
+    return across * tile_width, down * tile_height
+
+
 def _entry(size: Any, key: str) -> int | None:
     """`size[key]` of a dict or of transformers' SizeDict, None where it is not set."""
     return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
+
+
+def _last_place(ids: list[int], tail: tuple[int, ...]) -> int | None:
+    """Where `tail` begins in `ids`; a processor may append an end of line of its own, which is left out."""
+    for start in range(len(ids) - len(tail), max(len(ids) - len(tail) - MOST_APPENDED, 0) - 1, -1):
+        if tuple(ids[start : start + len(tail)]) == tail:
+            return start
+    return None
 
 
 def _common_prefix(tails: list[_Tail]) -> int:

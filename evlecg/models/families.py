@@ -19,8 +19,6 @@ class Family:
 
     Attributes:
         refused: why it can be neither teacher nor student; empty where it can.
-        fusion: "early" (visual tokens stand in the text), "cross" (the text attends to them from outside) or
-            "encoder_decoder" (an encoder reads the page, a decoder writes the answer).
         image_token_id: where the config holds the id of the image placeholder; dots lead into sub-configs.
         processor: further keyword arguments of the processor's call.
         layout: how the tokens of a page lie in the processor's pixels; a key of `positions.LAYOUTS`.
@@ -31,10 +29,11 @@ class Family:
             decoder.
         answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
+        logits: what the model does to its head's output; a key of `outputs.LOGITS`.
+        two_way: tokens of one image see one another whatever their order.
     """
 
     refused: str = ""
-    fusion: str = "early"
     image_token_id: str = "image_token_id"
     processor: Mapping[str, Any] = field(default_factory=dict)
     layout: str = "grid"
@@ -42,25 +41,43 @@ class Family:
     nested: bool = True
     projected_layer: int = 0
     answer_type: int | None = None
+    logits: str = "plain"
+    two_way: bool = False
 
 
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
+    "blip": Family(layout="headed"),
+    "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "evolla": Family(refused="reads proteins, not images"),
+    "florence2": Family(layout="headed_centred"),
+    "gemma3": Family(two_way=True),
+    "gemma3n": Family(logits="softcap"),
+    "gemma4": Family(layout="blocks", logits="softcap", two_way=True),
+    "gemma4_unified": Family(layout="blocks", logits="softcap", two_way=True),
+    "git": Family(layout="headed"),
     "got_ocr2": Family(nested=False),
     "granite4_vision": Family(layout="anyres", projected_layer=1),
     "hunyuan_vl": Family(layout="raster_lines"),
+    "idefics": Family(layout="whole"),
     "idefics2": Family(layout="whole"),
+    "instructblip": Family(image_token_id="image_token_index", layout="whole"),
+    "kosmos-2": Family(layout="whole"),
+    "kosmos-2.5": Family(layout="whole"),
     "lfm2_vl": Family(layout="raster_tiles"),
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
+    "mllama": Family(layout="headed"),
     "paddleocr_vl": Family(layout="raster"),
-    "paligemma": Family(answer_type=1),
+    "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
+    "shieldgemma2": Family(refused="judges images by policies of its processor's: it cannot be asked a question"),
+    "video_llava": Family(processor={"return_legacy_image_output": False}),
+    "vision-encoder-decoder": Family(layout="headed"),
 }  # fmt: skip
 
 

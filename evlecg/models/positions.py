@@ -189,6 +189,51 @@ def raster_tiles(seen: Seen, n_tokens: int) -> Groups | None:
     return tokens
 
 
+def headed(seen: Seen, n_tokens: int) -> Groups | None:
+    """Every tile's tokens begin with some that see all of it (class token, registers, a mean), then an equal grid."""
+    tiles = len(seen.colour)
+    if n_tokens % tiles:
+        return None
+    each = n_tokens // tiles
+    rows, columns = seen.colour.shape[2:]
+    for heads in range(each):
+        cells = grid(seen, (each - heads) * tiles)
+        if cells is None:
+            continue
+        down = round(math.sqrt((each - heads) * rows / columns))
+        if abs(rows / down * ((each - heads) // down) / columns - 1) > 0.2:  # cells are as square as patches are
+            continue
+        per_tile = each - heads
+        return [
+            group
+            for place, tile in enumerate(seen.colour)
+            for group in [tile.reshape(3, -1)] * heads + cells[place * per_tile : (place + 1) * per_tile]
+        ]
+    return None
+
+
+def headed_centred(seen: Seen, n_tokens: int) -> Groups | None:
+    """Florence-2: a mean of the page, then a grid whose tokens stand at multiples of their stride, not between them.
+
+    Its strided convolutions are padded on both sides, so that the first token looks at the page's very corner.
+    """
+    tile = seen.colour[0]
+    rows, columns = tile.shape[1:]
+    down = round(math.sqrt((n_tokens - 1) * rows / columns))
+    if len(seen.colour) != 1 or down == 0 or (n_tokens - 1) % down:
+        return None
+    across = (n_tokens - 1) // down
+    edge_y, edge_x = (
+        ((np.arange(count + 1) - 0.5) * size / count).round().astype(int).clip(0, size)
+        for count, size in ((down, rows), (across, columns))
+    )
+    return [tile.reshape(3, -1)] + [
+        tile[:, edge_y[row] : edge_y[row + 1], edge_x[column] : edge_x[column + 1]].reshape(3, -1)
+        for row in range(down)
+        for column in range(across)
+    ]
+
+
 def whole(seen: Seen, n_tokens: int) -> Groups | None:
     """Tokens of a resampler or query transformer have no place of their own: each looks at its whole tile."""
     tiles = len(seen.colour)
@@ -204,6 +249,8 @@ LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
     "raster": raster,
     "raster_lines": raster_lines,
     "raster_tiles": raster_tiles,
+    "headed": headed,
+    "headed_centred": headed_centred,
     "whole": whole,
 }
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 BUILDERS: dict[str, Callable[..., Path]] = {}
 for _module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+    if _module.name.startswith("_"):
+        continue
     _found = importlib.import_module(f"{__name__}.{_module.name}").BUILDERS
     assert not BUILDERS.keys() & _found.keys(), f"two builders for {BUILDERS.keys() & _found.keys()}"
     BUILDERS.update(_found)

@@ -63,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
+    "t5gemma2": Family(logits="softcap"),
     "vision-encoder-decoder": Family(layout="headed"),
 }  # fmt: skip
 

@@ -149,11 +149,13 @@ def examine(loaded: models.Loaded, encoder: Encoder) -> tuple[int, str, str]:
 def _place(loaded: models.Loaded, encoder: Encoder) -> str:
     """Changes one region of the page after another: are the tokens that move most the ones said to lie there?"""
     width, height = encoder.size_px
-    blank = np.full((height, width, 3), 200, np.uint8)
-    pages = [page(encoder, blank)]
+    random = np.random.default_rng(0)
+    light, dark = (random.integers(low, low + 60, (height, width, 3), dtype=np.uint8) for low in (180, 20))
+    pages = [page(encoder, light)]
     for x0, y0, x1, y1 in REGIONS:
-        changed = blank.copy()
-        changed[int(y0 * height) : int(y1 * height), int(x0 * width) : int(x1 * width)] = 30
+        changed = light.copy()
+        region = (slice(int(y0 * height), int(y1 * height)), slice(int(x0 * width), int(x1 * width)))
+        changed[region] = dark[region]
         pages.append(page(encoder, changed))
     sides = [encoder.encode([item], [TURNS[:1]]) for item in pages]
     tokens = [forward(loaded, side).projected_BND[0] for side in sides]

@@ -318,7 +318,9 @@ def _process(encoder: Encoder, pixels: np.ndarray, prompt: str | None) -> dict[s
     if prompt is not None and bos and prompt.startswith(bos):  # a template wrote it
         said["add_special_tokens"] = False
     try:
-        found = encoder.processor(images=[Image.fromarray(pixels)], return_tensors="pt", **said, **encoder.family.processor)
+        found = encoder.processor(
+            images=[Image.fromarray(pixels)], return_tensors="pt", **said, **encoder.family.processor
+        )
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise EvlecgError(
             "the checkpoint's processor cannot read a page and a question", where=encoder.checkpoint.name,
@@ -482,7 +484,9 @@ COUNTS = {"patches": _patches, "latents": _latents, "flattened": _flattened}
 def output_head(loaded: Loaded) -> Any:
     """The module that turns hidden states into logits."""
     row = apart_of(loaded.checkpoint.config)
-    return loaded.model.get_submodule(row.head) if row is not None and row.head else loaded.model.get_output_embeddings()
+    return (
+        loaded.model.get_submodule(row.head) if row is not None and row.head else loaded.model.get_output_embeddings()
+    )
 
 
 def forward(loaded: Loaded, side: Side, *, visual_layer: int, model: Any) -> Outputs:
@@ -521,7 +525,9 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int, model: Any) -> Out
         n_before_B = side.inputs["attention_mask"].sum(1) if row.form == ENCODER else 0 * side.valid_BS.long().sum(1)
     # valid positions stand side by side, as if there were one text: no padding between what is read and what is written
     index_BS = torch.arange(side.valid_BS.shape[1], device=text_BTD.device).expand_as(side.valid_BS)
-    source_BS = torch.where(index_BS < n_before_B[:, None], index_BS, index_BS - n_before_B[:, None] + before_BMD.shape[1])
+    source_BS = torch.where(
+        index_BS < n_before_B[:, None], index_BS, index_BS - n_before_B[:, None] + before_BMD.shape[1]
+    )
     hidden_BSD = torch.cat([before_BMD.to(text_BTD.dtype), text_BTD], 1)
     source_BS = source_BS.clamp_max(hidden_BSD.shape[1] - 1)
     place_A = side.answer_A2[:, 1] - 1 - n_before_B[side.answer_A2[:, 0]]

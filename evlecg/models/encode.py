@@ -11,7 +11,7 @@ Where a visual token looks on the page is measured (positions.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class Encoder:
 
     def _wanted_size(self) -> tuple[int, int]:
         scale = self.apart.scale if self.apart is not None else 1
-        width, height = wanted_page_size(self.processor.image_processor)
+        width, height = wanted_page_size(self.processor.image_processor, getattr(self.processor, "images_kwargs", {}))
         return width * scale, height * scale
 
     def text(self, turn: Turn) -> tuple[str, str]:
@@ -322,8 +322,13 @@ class Encoder:
         return boxes
 
 
-def wanted_page_size(image_processor: Any) -> tuple[int, int]:
-    """(width, height) of a page that the image processor neither crops nor squeezes more than it must."""
+def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> tuple[int, int]:
+    """(width, height) of a page that the image processor neither crops nor squeezes more than it must.
+
+    Args:
+        image_processor: the checkpoint's.
+        defaults: what its processor sets where the image processor's own entry would decide otherwise.
+    """
     size = {
         key: value
         for key in ("height", "width", "shortest_edge", "longest_edge")
@@ -335,6 +340,8 @@ def wanted_page_size(image_processor: Any) -> tuple[int, int]:
     crop = getattr(image_processor, "crop_size", None)
     if getattr(image_processor, "do_center_crop", False) and crop is not None:
         return int(_entry(crop, "width") or crop), int(_entry(crop, "height") or crop)
+    if "height" in size and "width" in size and _tiles(image_processor, defaults):
+        return _tiled_size(int(size["width"]), int(size["height"]), image_processor)
     if "height" in size and "width" in size:
         return int(size["width"]), int(size["height"])
     largest = _entry(getattr(image_processor, "max_image_size", None), "longest_edge")
@@ -362,6 +369,24 @@ def _anyres_size(pinpoints: Any) -> tuple[int, int]:
     width, height = PAPER_SHAPE
     scale = max(min(wide / width, high / height) for high, wide in pinpoints)
     return round(width * scale), round(height * scale)
+
+
+def _tiles(image_processor: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether a page is cut into a grid of tiles that is as wide and high as the page (InternVL's kind)."""
+    return bool(defaults.get("crop_to_patches", getattr(image_processor, "crop_to_patches", False)))
+
+
+def _tiled_size(tile_width: int, tile_height: int, image_processor: Any) -> tuple[int, int]:
+    """The grid of tiles that is nearest the paper's shape; of grids of one shape, the larger."""
+    most, least = image_processor.max_patches, image_processor.min_patches
+    width, height = PAPER_SHAPE
+    grids = [(across, down) for across in range(1, most + 1) for down in range(1, most // across + 1)]
+
+    def fit(grid: tuple[int, int]) -> tuple[float, int]:
+        return abs(math.log(grid[0] * tile_width * height / (grid[1] * tile_height * width))), -grid[0] * grid[1]
+
+    across, down = min((grid for grid in grids if grid[0] * grid[1] >= least), key=fit)
+    return across * tile_width, down * tile_height
 
 
 def _entry(size: Any, key: str) -> int | None:

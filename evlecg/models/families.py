@@ -59,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
     "mllama": Family(layout="headed"),
+    "shieldgemma2": Family(refused="judges images by policies of its processor's: it cannot be asked a question"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
     "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),

@@ -164,6 +164,9 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(checkpoint.source)
+    except ImportError as error:
+        message = "the checkpoint's processor needs a package"
+        raise EvlecgError(message, where=checkpoint.name, hint=_first_line(error)) from error
     except Exception as error:
         raise EvlecgError("the checkpoint has no usable processor", where=checkpoint.name, hint=hint) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:

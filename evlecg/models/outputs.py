@@ -47,7 +47,8 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
     logits_BUV = result.logits
     if "logits_to_keep" not in forward_keys:
         logits_BUV = logits_BUV[:, keep_U]
-    layers = result.hidden_states
+    # Gemma 3n keeps several versions of every hidden state; the first is the one that its layers read
+    layers = [layer[0] if layer.ndim == 4 else layer for layer in result.hidden_states]
     return Outputs(
         hidden_BSD=layers[-1],
         visual_BND=gather_visual(layers[visual_layer], side.visual_BS),
@@ -142,7 +143,10 @@ def count_features(loaded: Loaded, side: Side) -> int | None:
     extract = getattr(loaded.model, "get_image_features", None)
     if extract is None:
         return None
-    known = inspect.signature(extract).parameters
+    inner = getattr(
+        loaded.model.base_model, "get_image_features", extract
+    )  # the outer one may pass on what it is given
+    known = {*inspect.signature(extract).parameters, *inspect.signature(inner).parameters}
     result = extract(**{key: value for key, value in side.inputs.items() if key in known}, return_dict=True)
     return _count(getattr(result, "pooler_output", result))
 
@@ -204,7 +208,11 @@ def image_matters(loaded: Loaded, side: Side) -> float:
     """
     outputs = forward(loaded, side)
     blank = {
-        key: _blank(value) if "pixel_values" in key else _blank_flattened(value) if key == "flattened_patches" else value
+        key: _blank(value)
+        if "pixel_values" in key
+        else _blank_flattened(value)
+        if key == "flattened_patches"
+        else value
         for key, value in side.inputs.items()
     }
     without = forward(loaded, dataclasses.replace(side, inputs=blank))

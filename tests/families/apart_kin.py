@@ -159,7 +159,9 @@ def florence2(folder: Path, *, seed: int = 0) -> Path:
 def _blip2(folder: Path, seed: int, text: dict, tokenizer: PreTrainedTokenizerFast) -> Path:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessor
 
-    processor = Blip2Processor(BlipImageProcessor(size={"height": 56, "width": 56}, **INK), tokenizer, num_query_tokens=4)
+    processor = Blip2Processor(
+        BlipImageProcessor(size={"height": 56, "width": 56}, **INK), tokenizer, num_query_tokens=4
+    )
     config = Blip2Config(
         vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                        "image_size": 56, "patch_size": 14, "initializer_range": INIT},

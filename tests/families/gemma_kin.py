@@ -116,4 +116,129 @@ def gemma3_crops(folder: Path, *, seed: int = 0) -> Path:
     return _gemma3(Gemma3Config, Gemma3ForConditionalGeneration, folder, seed, True)
 
 
-BUILDERS = {"gemma3": gemma3, "paligemma": paligemma}
+GEMMA3N = {
+    "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+    "audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>",
+}  # fmt: skip
+
+
+def gemma3n(folder: Path, *, seed: int = 0) -> Path:
+    """Gemma 3n: MobileNet tower, inputs of their own for every layer, placeholders above the text's vocabulary."""
+    from transformers import (
+        Gemma3nAudioConfig,
+        Gemma3nAudioFeatureExtractor,
+        Gemma3nConfig,
+        Gemma3nForConditionalGeneration,
+        Gemma3nProcessor,
+        Gemma3nTextConfig,
+        Gemma3nVisionConfig,
+        SiglipImageProcessor,
+    )
+
+    tokenizer = metaspace_tokenizer(600, MARKS, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    n_text = len(tokenizer)
+    images = ["<end_of_image>", "<image_soft_token>"]
+    audio = ["<end_of_audio>", "<audio_soft_token>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_image>", "<start_of_audio>"]})
+    n_text = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*images, *audio]}, replace_extra_special_tokens=False)
+    tokenizer._set_model_specific_special_tokens(GEMMA3N)
+    ids = tokenizer.convert_tokens_to_ids
+    processor = Gemma3nProcessor(
+        feature_extractor=Gemma3nAudioFeatureExtractor(),
+        image_processor=SiglipImageProcessor(size={"height": 64, "width": 64}, **PIXELS),
+        tokenizer=tokenizer,
+        image_seq_length=16,
+        audio_seq_length=4,
+        chat_template=TEMPLATE.replace("IMAGE", "<image_soft_token>"),
+    )
+    config = Gemma3nConfig(
+        text_config=Gemma3nTextConfig(
+            **text_sizes(tokenizer, 32), head_dim=8, vocab_size_per_layer_input=n_text, hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0, laurel_rank=4, layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0, 0.0], altup_num_inputs=2,
+        ),
+        vision_config=Gemma3nVisionConfig(
+            architecture="mobilenetv5_300m_enc", hidden_size=2048, vocab_size=2, vocab_offset=n_text,
+            model_args={"channel_multiplier": 0.05, "stem_size": 8, "msfa_output_resolution": 4},
+        ),
+        audio_config=Gemma3nAudioConfig(
+            hidden_size=16, vocab_size=2, vocab_offset=n_text + 2, conf_num_attention_heads=2,
+            conf_num_hidden_layers=1, sscp_conv_channel_size=(8, 4), input_feat_size=32,
+        ),
+        audio_soft_tokens_per_image=4,
+        vision_soft_tokens_per_image=16,
+        image_token_id=ids("<image_soft_token>"),
+        audio_token_id=ids("<audio_soft_token>"),
+        boi_token_id=ids("<start_of_image>"),
+        eoi_token_id=ids("<end_of_image>"),
+        boa_token_id=ids("<start_of_audio>"),
+        eoa_token_id=ids("<end_of_audio>"),
+    )  # fmt: skip
+    return _save(Gemma3nForConditionalGeneration, config, processor, folder, seed, True)
+
+
+GEMMA4 = {
+    "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+    "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
+}  # fmt: skip
+
+
+def _gemma4(kind: str, folder: Path, seed: int, vision: dict[str, Any]) -> Path:
+    import transformers
+
+    tokenizer = _tokenizer(GEMMA4)
+
+    def part(name: str) -> Any:
+        return getattr(transformers, f"{kind}{name}")
+
+    processor = part("Processor")(
+        feature_extractor=part("AudioFeatureExtractor")(),
+        image_processor=part("ImageProcessor")(patch_size=8, max_soft_tokens=70, pooling_kernel_size=2),
+        tokenizer=tokenizer,
+        video_processor=part("VideoProcessor")(patch_size=8, max_soft_tokens=70, pooling_kernel_size=2),
+        image_seq_length=70,
+        chat_template=TEMPLATE.replace("IMAGE", "<|image|>"),
+    )
+    ids = tokenizer.convert_tokens_to_ids
+    further = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer)}
+    config = part("Config")(
+        text_config=part("TextConfig")(
+            **text_sizes(tokenizer, 32), head_dim=8, global_head_dim=16, sliding_window=64,
+            layer_types=["sliding_attention", "full_attention"], use_bidirectional_attention="vision",
+            final_logit_softcapping=30.0, **(further if kind == "Gemma4" else {}),
+        ),
+        vision_config=part("VisionConfig")(patch_size=8, pooling_kernel_size=2, initializer_range=INIT, **vision),
+        audio_config=None,
+        image_token_id=ids("<|image|>"),
+        video_token_id=ids("<|video|>"),
+        audio_token_id=ids("<|audio|>"),
+        boi_token_id=ids("<|image>"),
+        eoi_token_id=ids("<image|>"),
+        boa_token_id=ids("<|audio>"),
+        eoa_token_index=ids("<audio|>"),
+    )  # fmt: skip
+    return _save(part("ForConditionalGeneration"), config, processor, folder, seed, True)
+
+
+def gemma4(folder: Path, *, seed: int = 0) -> Path:
+    """Gemma 4: pages of any shape, patches pooled by their place, padding at the end."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64,
+    }  # fmt: skip
+    return _gemma4("Gemma4", folder, seed, sizes)
+
+
+def gemma4_unified(folder: Path, *, seed: int = 0) -> Path:
+    """Gemma 4 without a tower: merged patches go straight into the language model."""
+    return _gemma4("Gemma4Unified", folder, seed, {"mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32})
+
+
+BUILDERS = {
+    "gemma3": gemma3,
+    "gemma3n": gemma3n,
+    "gemma4": gemma4,
+    "gemma4_unified": gemma4_unified,
+    "paligemma": paligemma,
+}

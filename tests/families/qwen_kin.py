@@ -128,7 +128,86 @@ def qwen3_5_moe(folder: Path, *, seed: int = 0) -> Path:
     return _qwen3(config, Qwen3_5MoeForConditionalGeneration, tokenizer, folder, seed)
 
 
+def qwen2_5_omni_thinker(folder: Path, *, seed: int = 0) -> Path:
+    """Qwen2.5-Omni's thinker, without what it hears and says."""
+    from transformers import (
+        Qwen2_5OmniProcessor,
+        Qwen2_5OmniThinkerConfig,
+        Qwen2_5OmniThinkerForConditionalGeneration,
+        WhisperFeatureExtractor,
+    )
+
+    names = {
+        "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
+        "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+    }  # fmt: skip
+    tokenizer = byte_level_tokenizer(
+        600, [*SPECIAL[:3], *names.values()], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens=names,
+    )  # fmt: skip
+    ids = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5OmniThinkerConfig(
+        vision_config=_tower(32, 32, patch=14, window_size=56, fullatt_block_indexes=[1]),
+        text_config=text_sizes(tokenizer, 32) | {"rope_parameters": ROPE},
+        audio_config={
+            "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 16, "output_dim": 32,
+            "num_mel_bins": 16, "n_window": 10,
+        },
+        image_token_index=ids("<|IMAGE|>"),
+        video_token_index=ids("<|VIDEO|>"),
+        audio_token_index=ids("<|AUDIO|>"),
+        audio_start_token_id=ids("<|audio_bos|>"),
+        audio_end_token_id=ids("<|audio_eos|>"),
+        vision_start_token_id=ids("<|vision_bos|>"),  # beyond the config class, as in the published file
+        vision_end_token_id=ids("<|vision_eos|>"),
+    )  # fmt: skip
+    processor = Qwen2_5OmniProcessor(
+        **_parts(),
+        feature_extractor=WhisperFeatureExtractor(feature_size=16),
+        tokenizer=tokenizer,
+        chat_template=QWEN_TEMPLATE.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_bos|><|IMAGE|><|vision_eos|>"
+        ),
+    )
+    return _save(Qwen2_5OmniThinkerForConditionalGeneration, config, processor, folder, seed, True)
+
+
+def video_llama_3(folder: Path, *, seed: int = 0) -> Path:
+    """VideoLLaMA3: a SigLIP tower for pages of any shape, Qwen2."""
+    from transformers import (
+        Qwen2Config,
+        VideoLlama3Config,
+        VideoLlama3ForConditionalGeneration,
+        VideoLlama3ImageProcessor,
+        VideoLlama3Processor,
+        VideoLlama3VideoProcessor,
+    )
+
+    tokenizer = _tokenizer()
+    ids = _ids(tokenizer)
+    config = VideoLlama3Config(
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "patch_size": 14, "initializer_range": INIT,
+        },
+        text_config=Qwen2Config(**text_sizes(tokenizer, 32)),
+        image_token_id=ids["image_token_id"],
+        video_token_id=ids["video_token_id"],
+    )  # fmt: skip
+    limits = {"min_pixels": 56**2, "max_pixels": 112**2, "patch_size": 14, "merge_size": 1}
+    processor = VideoLlama3Processor(
+        image_processor=VideoLlama3ImageProcessor(**limits),
+        video_processor=VideoLlama3VideoProcessor(**limits),
+        tokenizer=tokenizer,
+        chat_template=QWEN_TEMPLATE,
+    )
+    return _save(VideoLlama3ForConditionalGeneration, config, processor, folder, seed, True)
+
+
 BUILDERS = {
+    "qwen2_5_omni_thinker": qwen2_5_omni_thinker,
+    "video_llama_3": video_llama_3,
     "qwen2_vl": tiny.qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,

@@ -26,6 +26,7 @@ class Family:
             the turns before.
         answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
+        scale: a page is so many times as wide and high as the processor's size, which is that of a tile.
         logits: what the model does to its head's output; a key of `outputs.LOGITS`.
     """
 
@@ -36,11 +37,14 @@ class Family:
     prompt: str = "{image}{earlier}{question}\n"
     answer_type: int | None = None
     logits: str = "plain"
+    scale: tuple[int, int] = (1, 1)
 
 
 GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
+    "cohere_compass": Family(logits="scale"),
+    "cosmos3_edge": Family(processor={"return_mm_token_type_ids": True}),
     "blip": Family(layout="headed"),
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
@@ -58,7 +62,16 @@ FAMILIES: dict[str, Family] = {
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
-    "mllama": Family(layout="headed"),
+    "hy_v4_vl": Family(layout="lines"),
+    "inkling2": Family(logits="softcap", scale=(28, 22)),
+    "inkling2_loop": Family(logits="softcap", scale=(28, 22)),
+    "inkling_mm_model": Family(logits="inkling", scale=(28, 22)),
+    "instructblipvideo": Family(refused="reads videos of four frames: its processor takes no page"),
+    "mistral4": Family(refused="is a language model without eyes"),
+    "mistral_large4": Family(logits="softcap"),
+    "mllama": Family(layout="headed", scale=(2, 2)),
+    "muse_glimmer": Family(layout="raster", logits="muse"),
+    "muse_spark": Family(layout="raster", logits="muse"),
     "shieldgemma2": Family(refused="judges images by policies of its processor's: it cannot be asked a question"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
     "paligemma": Family(answer_type=1, logits="softcap"),

@@ -201,6 +201,18 @@ def headed_centred(seen: Seen, n_tokens: int) -> Groups | None:
     ]
 
 
+def raster(seen: Seen, n_tokens: int) -> Groups | None:
+    """Flat patches in reading order, merged in square blocks inside of the model."""
+    rows = _merged_rows(seen, lambda down, across: down * across == n_tokens)
+    return None if rows is None else [token for row in rows for token in row]
+
+
+def lines(seen: Seen, n_tokens: int) -> Groups | None:
+    """Hunyuan V4: `raster`, and a newline token behind every row of tokens."""
+    rows = _merged_rows(seen, lambda down, across: down * (across + 1) == n_tokens)
+    return None if rows is None else [token for row in rows for token in [*row, _NOWHERE]]
+
+
 def whole(seen: Seen, n_tokens: int) -> Groups | None:
     """Tokens of a resampler or query transformer have no place of their own: each looks at its whole tile."""
     tiles = len(seen.colour)
@@ -215,10 +227,31 @@ LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
     "grid": grid,
     "headed": headed,
     "headed_centred": headed_centred,
+    "lines": lines,
+    "raster": raster,
     "whole": whole,
 }
 
 _NOWHERE = np.zeros((3, 0))  # newlines and other separators that the model puts among its visual tokens
+
+
+def _merged_rows(seen: Seen, fits: Callable[[int, int], bool]) -> list[Groups] | None:
+    """Rows of tokens, each a square block of flat patches in reading order; `fits` knows the right down and across."""
+    down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
+    patch_DA3P = seen.colour.reshape(down, across, 3, -1)
+    for merge in range(1, min(down, across) + 1):
+        if down % merge or across % merge or not fits(down // merge, across // merge):
+            continue
+        return [
+            [
+                np.concatenate(
+                    list(patch_DA3P[row : row + merge, column : column + merge].reshape(merge**2, 3, -1)), axis=1
+                )
+                for column in range(0, across, merge)
+            ]
+            for row in range(0, down, merge)
+        ]
+    return None
 
 
 def _cut(picture: np.ndarray, down: int, across: int) -> Groups:
@@ -271,6 +304,8 @@ def _tiles(pixels: Any, channels_last: bool) -> np.ndarray:
     """Pixel values of one page as float64 [tiles, 3, rows, columns]; flat patches are tiles of one row."""
     values = _values(pixels)
     if _is_picture(values):
+        if values.shape[-1] == 3 and values.shape[-3] != 3:  # Inkling: colours last, and still pages as two frames
+            values = np.moveaxis(values[:, 0] if values.ndim == 5 else values, -1, -3)
         return values.reshape(-1, *values.shape[-3:])
     patches = values.reshape(-1, values.shape[-1])  # [patches, 3 x frames x side x side], or side x side x 3
     if channels_last:

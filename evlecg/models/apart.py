@@ -60,7 +60,6 @@ class Apart:
         keeps_bos: the tokenizer's own begin mark follows that first id (BART's kind).
         head: the output head's module, where `get_output_embeddings` does not know it.
         flattened: the processor stretches the page onto patches that carry their row and column.
-        scale: a page is this many times the processor's tile in both directions.
     """
 
     form: str = ROW
@@ -76,7 +75,6 @@ class Apart:
     keeps_bos: bool = False
     head: str = ""
     flattened: bool = False
-    scale: int = 1
 
 
 APART: dict[str, Apart] = {
@@ -100,7 +98,7 @@ APART: dict[str, Apart] = {
         ROW, "<md>{earlier}{question}", marks="image_embeds_position_mask", flattened=True
     ),
     "mllama": Apart(ROW, "<|image|>{earlier}{question}\n", ("model.multi_modal_projector",), real="aspect_ratio_mask",
-                    count="patches", scale=2),
+                    count="patches"),
     "pix2struct": Apart(
         DECODER, "{earlier}{question}", ("encoder",), real="attention_mask", count="flattened",
         flattened=True,

@@ -105,9 +105,8 @@ class Encoder:
         self._boxes: dict[int, np.ndarray] = {}
 
     def _wanted_size(self) -> tuple[int, int]:
-        scale = self.apart.scale if self.apart is not None else 1
         width, height = wanted_page_size(self.processor.image_processor, getattr(self.processor, "images_kwargs", {}))
-        return width * scale, height * scale
+        return width * self.family.scale[0], height * self.family.scale[1]
 
     def text(self, turn: Turn) -> tuple[str, str]:
         """(prompt, prompt with the answer): the checkpoint's chat template, image first."""

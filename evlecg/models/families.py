@@ -29,6 +29,7 @@ class Family:
             decoder.
         answer_type: token type id of answer tokens that must not be seen from before (a prefix language model sees
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
+        scale: a page is so many times as wide and high as the processor's size, which is that of a tile.
         logits: what the model does to its head's output; a key of `outputs.LOGITS`.
         two_way: tokens of one image see one another whatever their order.
     """
@@ -43,6 +44,7 @@ class Family:
     answer_type: int | None = None
     logits: str = "plain"
     two_way: bool = False
+    scale: tuple[int, int] = (1, 1)
 
 
 GENERIC = Family()
@@ -52,6 +54,8 @@ FAMILIES: dict[str, Family] = {
     "blip": Family(layout="headed"),
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "chameleon": Family(processor={"return_for_text_completion": True}),
+    "cohere_compass": Family(logits="scale"),
+    "cosmos3_edge": Family(processor={"return_mm_token_type_ids": True}),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "evolla": Family(refused="reads proteins, not images"),
     "florence2": Family(layout="headed_centred"),
@@ -61,12 +65,17 @@ FAMILIES: dict[str, Family] = {
     "gemma4_unified": Family(layout="blocks", logits="softcap", two_way=True),
     "git": Family(layout="headed"),
     "got_ocr2": Family(nested=False),
-    "granite4_vision": Family(layout="anyres", projected_layer=1, logits="scaled"),
-    "granite_docling": Family(logits="scaled"),
+    "granite4_vision": Family(layout="anyres", projected_layer=1, logits="divided"),
+    "granite_docling": Family(logits="divided"),
     "hunyuan_vl": Family(layout="raster_lines"),
+    "hy_v4_vl": Family(layout="raster_lines"),
     "idefics": Family(layout="whole"),
     "idefics2": Family(layout="whole"),
+    "inkling2": Family(logits="softcap", scale=(28, 22)),
+    "inkling2_loop": Family(logits="softcap", scale=(28, 22)),
+    "inkling_mm_model": Family(logits="inkling", scale=(28, 22)),
     "instructblip": Family(image_token_id="image_token_index", layout="whole"),
+    "instructblipvideo": Family(refused="reads videos of four frames: its processor takes no page"),
     "kimi_k25": Family(layout="raster"),
     "kosmos-2": Family(layout="whole"),
     "kosmos-2.5": Family(layout="whole"),
@@ -77,13 +86,18 @@ FAMILIES: dict[str, Family] = {
     "minicpm_ocr": Family(layout="strips"),
     "minicpmv4_6": Family(layout="strips"),
     "minicpmv4_7": Family(layout="strips"),
-    "mllama": Family(layout="headed"),
+    "mistral4": Family(refused="is a language model without eyes"),
+    "mistral_large4": Family(logits="softcap"),
+    "mllama": Family(layout="headed", scale=(2, 2)),
     "molmo2": Family(layout="pooled"),
+    "muse_glimmer": Family(layout="raster", logits="muse"),
+    "muse_spark": Family(layout="raster", logits="muse"),
     "paddleocr_vl": Family(layout="raster"),
     "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
     "shieldgemma2": Family(refused="judges images by policies of its processor's: it cannot be asked a question"),
+    "t5gemma2": Family(logits="softcap"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
     "vision-encoder-decoder": Family(layout="headed"),
 }  # fmt: skip

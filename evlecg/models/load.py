@@ -152,7 +152,7 @@ def inspect(name: str) -> Checkpoint:
         trained=trained,
         image_token_id=int(image_token_id),
         width=int(text.hidden_size),
-        vocab_size=int(text.vocab_size),
+        vocab_size=int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size),
     )
 
 

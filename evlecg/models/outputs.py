@@ -50,8 +50,7 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
     logits_BUV = result.logits
     if "logits_to_keep" not in forward_keys:
         logits_BUV = logits_BUV[:, keep_U]
-    # Gemma 3n keeps several versions of every hidden state; the first is the one that its layers read
-    layers = [layer[0] if layer.ndim == 4 else layer for layer in result.hidden_states]
+    layers = [_one_stream(layer, side.valid_BS) for layer in result.hidden_states]
     layers[-1:] = final[-1:] or layers[-1:]
     return Outputs(
         hidden_BSD=layers[-1],
@@ -87,6 +86,17 @@ def _final_states(model: Any) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def _one_stream(layer: Tensor, valid_BS: Tensor) -> Tensor:
+    """A hidden state as [B,S,D], of the families that keep several.
+
+    Gemma 3n has [versions,B,S,D], of which its layers read the first; hyper-connections have [B,S,streams,D], which
+    begin as copies of the same input: their mean.
+    """
+    if layer.ndim == 3:
+        return layer
+    return layer[0] if layer.shape[1:3] == valid_BS.shape else layer.mean(2)
+
+
 class AnswerHead(nn.Module):
     """Reads answer logits off hidden states: what the losses see of a model's head.
 
@@ -105,21 +115,25 @@ class AnswerHead(nn.Module):
         return self.finish(self.head(states_AD), self.text)
 
 
-def _scaled(logits_AV: Tensor, text: Any) -> Tensor:
-    """Granite's logits, divided by a constant of the config."""
-    return logits_AV / text.logits_scaling
-
-
 def _softcap(logits_AV: Tensor, text: Any) -> Tensor:
     """Gemma's soft limit of the logits, where the config sets one."""
     cap = getattr(text, "final_logit_softcapping", None)
     return logits_AV if cap is None else cap * torch.tanh(logits_AV / cap)
 
 
+def _unpadded(logits_AV: Tensor, text: Any) -> Tensor:
+    """Without the rows that only round the head's size."""
+    size = getattr(text, "unpadded_vocab_size", None)
+    return logits_AV if size is None else logits_AV[..., :size]
+
+
 # what models do to their head's output, given the text config
 LOGITS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "inkling": lambda logits_AV, text: _unpadded(logits_AV / text.logits_mup_width_multiplier, text),
+    "muse": lambda logits_AV, text: _softcap(logits_AV * text.output_multiplier, text),
     "plain": lambda logits_AV, text: logits_AV,
-    "scaled": _scaled,
+    "divided": lambda logits_AV, text: logits_AV / text.logits_scaling,
+    "scale": lambda logits_AV, text: logits_AV * (1.0 if text.logit_scale is None else text.logit_scale),
     "softcap": _softcap,
 }
 

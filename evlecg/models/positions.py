@@ -69,9 +69,9 @@ def measure_boxes(
     ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
     black = np.zeros_like(ramp)
     inputs = process(ramp)  # one page a call: some processors pad the pages of a batch to one another
-    channels_last = _channels_last(lambda page: process(page)["pixel_values"], black)
+    places = _channel_places(lambda page: process(page)["pixel_values"], black)
     seen, dark, light = (
-        _tiles(pixels, channels_last)
+        _tiles(pixels, places)
         for pixels in (inputs["pixel_values"], *(process(page)["pixel_values"] for page in (black, ~black)))
     )
     low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
@@ -166,12 +166,17 @@ def raster(seen: Seen, n_tokens: int) -> Groups | None:
 
 
 def raster_lines(seen: Seen, n_tokens: int) -> Groups | None:
-    """`raster` with a newline token behind every line of tokens, one token before and one behind them all."""
+    """`raster` with a newline token behind every line of tokens, and perhaps one before and one behind them all."""
     down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
     for merge in range(1, min(down, across) + 1):
-        if (down // merge) * (across // merge + 1) + 2 == n_tokens:
-            lines = _merged(seen.colour, down, across, (down // merge) * (across // merge)) or []
-            return [_NOWHERE, *(token for line in lines for token in [*line, _NOWHERE]), _NOWHERE]
+        n_lines, n_columns = down // merge, across // merge
+        ends = n_tokens - n_lines * (n_columns + 1)
+        if ends not in (0, 2):
+            continue
+        found = _merged(seen.colour, down, across, n_lines * n_columns)
+        if found is not None:
+            end = [_NOWHERE] * (ends // 2)
+            return [*end, *(token for line in found for token in [*line, _NOWHERE]), *end]
     return None
 
 
@@ -325,15 +330,25 @@ def _box(group: np.ndarray) -> np.ndarray:
     return box
 
 
-def _channels_last(pixels_of: Callable[[np.ndarray], Any], black: np.ndarray) -> bool:
-    """Whether flat patches hold their colours pixel by pixel: told by a red page."""
+def _channel_places(pixels_of: Callable[[np.ndarray], Any], black: np.ndarray) -> np.ndarray | None:
+    """Where flat patches hold their three colours, int [3, values / 3]; told by a red and a green page.
+
+    Patches are channels x frames x side x side (Qwen), frames x channels x side x side (Muse), side x side x channels.
+    None for pictures.
+    """
     dark = _values(pixels_of(black))
     if _is_picture(dark):
-        return False
-    red = black.copy()
-    red[..., 0] = 255
-    moved = np.abs(_values(pixels_of(red)) - dark).reshape(-1, dark.shape[-1]).max(0) > 0
-    return bool(moved[::3].all() and not moved[1::3].any())
+        return None
+    places = []
+    for channel in (0, 1):
+        page = black.copy()
+        page[..., channel] = 255
+        moved = np.abs(_values(pixels_of(page)) - dark).reshape(-1, dark.shape[-1]).max(0) > 0
+        places.append(np.flatnonzero(moved))
+    places.append(np.setdiff1d(np.arange(dark.shape[-1]), np.concatenate(places)))
+    if len({len(place) for place in places}) != 1:
+        return np.arange(dark.shape[-1]).reshape(3, -1)
+    return np.stack(places)
 
 
 def _values(pixels: Any) -> np.ndarray:
@@ -348,12 +363,13 @@ def _is_picture(values: np.ndarray) -> bool:
     return values.ndim >= 4
 
 
-def _tiles(pixels: Any, channels_last: bool) -> np.ndarray:
+def _tiles(pixels: Any, places: np.ndarray | None) -> np.ndarray:
     """Pixel values of one page as float64 [tiles, 3, rows, columns]; flat patches are tiles of one row."""
     values = _values(pixels)
     if _is_picture(values):
+        if values.shape[-1] == 3 and values.shape[-3] != 3:  # Inkling: colours last, and still pages as two frames
+            values = np.moveaxis(values[:, 0] if values.ndim == 5 else values, -1, -3)
         return values.reshape(-1, *values.shape[-3:])
-    patches = values.reshape(-1, values.shape[-1])  # [patches, 3 x frames x side x side], or side x side x 3
-    if channels_last:
-        return patches.reshape(len(patches), -1, 3).swapaxes(1, 2)[:, :, None]
-    return patches.reshape(len(patches), 3, 1, -1)
+    patches = values.reshape(-1, values.shape[-1])
+    assert places is not None
+    return patches[:, places][:, :, None]

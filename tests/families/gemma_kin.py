@@ -146,7 +146,7 @@ def gemma3n(folder: Path, *, seed: int = 0) -> Path:
     ids = tokenizer.convert_tokens_to_ids
     processor = Gemma3nProcessor(
         feature_extractor=Gemma3nAudioFeatureExtractor(),
-        image_processor=SiglipImageProcessor(size={"height": 64, "width": 64}, **PIXELS),
+        image_processor=SiglipImageProcessor(size={"height": 192, "width": 192}, **PIXELS),
         tokenizer=tokenizer,
         image_seq_length=16,
         audio_seq_length=4,

@@ -38,7 +38,7 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
     if loaded.checkpoint.apart is not None:
         return apart.forward(loaded, side, visual_layer=visual_layer, model=model)
     forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
-    inputs = dict(side.inputs)
+    inputs = _as_model(side.inputs, model)
     if bool((side.block_BS > 1).any()):
         inputs["attention_mask"] = _tree_masks(loaded, side, _dtype(model))
         inputs["position_ids"] = _model_positions(loaded, side)
@@ -59,6 +59,14 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
         answer_logits_AV=logits_BUV[predict_A2[:, 0], place_A],
         side=side,
     )
+
+
+def _as_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The inputs with pixels in the model's own precision: not every model brings them there itself."""
+    return {
+        key: value.to(_dtype(model)) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
 
 
 @contextlib.contextmanager
@@ -124,6 +132,7 @@ LOGITS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "inkling": lambda logits_AV, text: _unpadded(logits_AV / text.logits_mup_width_multiplier, text),
     "muse": lambda logits_AV, text: _softcap(logits_AV * text.output_multiplier, text),
     "plain": lambda logits_AV, text: logits_AV,
+    "divided": lambda logits_AV, text: logits_AV / text.logits_scaling,
     "scale": lambda logits_AV, text: logits_AV * (1.0 if text.logit_scale is None else text.logit_scale),
     "softcap": _softcap,
 }
@@ -226,17 +235,17 @@ def count_features(loaded: Loaded, side: Side) -> int | None:
     """How many image features the model makes of a batch; None where it does not say (no `get_image_features`)."""
     if loaded.checkpoint.apart is not None:
         return forward(loaded, side).visual_BND.shape[:2].numel()  # where the text says no number, this counts
-    extract = getattr(loaded.model, "get_image_features", None)
-    if extract is None:
+    both = (getattr(model, "get_image_features", None) for model in (loaded.model, loaded.model.base_model))
+    extracts = [extract for extract in both if extract is not None]  # the outer one may pass on what it is given
+    if not extracts:
         return None
-    inner = getattr(
-        loaded.model.base_model, "get_image_features", extract
-    )  # the outer one may pass on what it is given
-    known = {*inspect.signature(extract).parameters, *inspect.signature(inner).parameters}
-    result = extract(**{key: value for key, value in side.inputs.items() if key in known}, return_dict=True)
+    extract, known = extracts[0], {name for each in extracts for name in inspect.signature(each).parameters}
+    inputs = _as_model(side.inputs, loaded.model)
+    result = extract(**{key: value for key, value in inputs.items() if key in known}, return_dict=True)
     features = getattr(result, "pooler_output", result)
-    if features is None:  # Granite Vision 4: (decoder layer, features) pairs, all of one length
-        features = result.deepstack_features[0][1]
+    if features is None:  # Granite Vision 4: (decoder layer, features) pairs, all of one length; Llama 4: unprojected
+        added = getattr(result, "deepstack_features", None)
+        features = added[0][1] if added else result.last_hidden_state
     return _count(features)
 
 

@@ -193,14 +193,9 @@ def raster_tiles(seen: Seen, n_tokens: int) -> Groups | None:
     """Tiles of patches in reading order, each of its own shape and padded to one length, merged in square blocks."""
     shapes = [(int(down), int(across)) for down, across in seen.inputs["spatial_shapes"]]
     patches = seen.colour.reshape(len(shapes), -1, *seen.colour.shape[1:])
-    merge2 = sum(down * across for down, across in shapes) / n_tokens
-    tokens: Groups = []
-    for (down, across), tile in zip(shapes, patches, strict=True):
-        lines = _merged(tile[: down * across], down, across, round(down * across / merge2))
-        if lines is None:
-            return None
-        tokens += [token for line in lines for token in line]
-    return tokens
+    return _merged_tiles(
+        [tile[: down * across] for (down, across), tile in zip(shapes, patches, strict=True)], shapes, n_tokens
+    )
 
 
 def headed(seen: Seen, n_tokens: int) -> Groups | None:
@@ -249,6 +244,25 @@ def headed_centred(seen: Seen, n_tokens: int) -> Groups | None:
     ]
 
 
+def strips(seen: Seen, n_tokens: int) -> Groups | None:
+    """MiniCPM-V: patches in reading order side by side in one long strip, the whole page first, then its slices."""
+    side = seen.colour.shape[2]
+    patches = seen.colour[0].reshape(3, side, -1, side).transpose(2, 0, 1, 3)
+    shapes = [(int(down), int(across)) for down, across in seen.inputs["target_sizes"]]
+    return _merged_tiles(
+        np.split(patches, np.cumsum([down * across for down, across in shapes])[:-1]), shapes, n_tokens
+    )
+
+
+def pooled(seen: Seen, n_tokens: int) -> Groups | None:
+    """Molmo 2: the processor lists the patches of every token, -1 for none."""
+    patches = seen.colour.reshape(len(seen.colour), 3, -1)
+    return [
+        np.concatenate([_NOWHERE, *(patches[place] for place in places.tolist() if place >= 0)], axis=1)
+        for places in seen.inputs["image_token_pooling"]
+    ]
+
+
 def whole(seen: Seen, n_tokens: int) -> Groups | None:
     """Tokens of a resampler or query transformer have no place of their own: each looks at its whole tile."""
     tiles = len(seen.colour)
@@ -264,6 +278,8 @@ LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
     "raster": raster,
     "raster_lines": raster_lines,
     "raster_tiles": raster_tiles,
+    "pooled": pooled,
+    "strips": strips,
     "headed": headed,
     "headed_centred": headed_centred,
     "whole": whole,
@@ -285,6 +301,18 @@ def _merged(patches: np.ndarray, down: int, across: int, n_tokens: int) -> list[
         ]
         for row in range(0, down, merge)
     ]
+
+
+def _merged_tiles(tiles: list[np.ndarray], shapes: list[tuple[int, int]], n_tokens: int) -> Groups | None:
+    """`_merged` for several tiles of patches, one after another, all merged alike."""
+    merge2 = sum(down * across for down, across in shapes) / n_tokens
+    tokens: Groups = []
+    for (down, across), tile in zip(shapes, tiles, strict=True):
+        lines = _merged(tile, down, across, round(down * across / merge2))
+        if lines is None:
+            return None
+        tokens += [token for line in lines for token in line]
+    return tokens
 
 
 def _cut(picture: np.ndarray, down: int, across: int) -> Groups:
@@ -334,13 +362,15 @@ def _channel_places(pixels_of: Callable[[np.ndarray], Any], black: np.ndarray) -
 
 
 def _values(pixels: Any) -> np.ndarray:
+    alone = isinstance(pixels, (list, tuple))
     while isinstance(pixels, (list, tuple)):
         pixels = pixels[0]
-    return torch.as_tensor(pixels).double().numpy()
+    values = torch.as_tensor(pixels).double().numpy()
+    return values[None] if alone and values.ndim == 3 and len(values) == 3 else values  # one picture of a list
 
 
 def _is_picture(values: np.ndarray) -> bool:
-    return values.ndim >= 4 or (values.ndim == 3 and values.shape[0] == 3)
+    return values.ndim >= 4
 
 
 def _tiles(pixels: Any, places: np.ndarray | None) -> np.ndarray:

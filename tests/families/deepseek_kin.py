@@ -166,6 +166,7 @@ def granite4_vision(folder: Path, *, seed: int = 0) -> Path:
         },
         text_config=text_sizes(
             tokenizer, num_hidden_layers=4, attention_multiplier=0.25, embedding_multiplier=1.0,
+            logits_scaling=2.0,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
         qformer_config={

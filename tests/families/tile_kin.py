@@ -230,7 +230,9 @@ def perception_lm(folder: Path, *, seed: int = 0) -> Path:
     from transformers import PerceptionLMVideoProcessor
 
     processor = PerceptionLMProcessor(
-        image_processor=PerceptionLMImageProcessor(tile_size=56, max_num_tiles=4, **PAPER),
+        image_processor=PerceptionLMImageProcessor(
+            tile_size=56, max_num_tiles=4, size={"height": 56, "width": 56}, **PAPER
+        ),
         video_processor=PerceptionLMVideoProcessor(size={"height": 56, "width": 56}),
         tokenizer=tokenizer,
         patch_size=14,

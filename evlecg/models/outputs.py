@@ -159,7 +159,8 @@ def count_features(loaded: Loaded, side: Side) -> int | None:
     """How many image features the model makes of a batch; None where it does not say (no `get_image_features`)."""
     if loaded.checkpoint.apart is not None:
         return forward(loaded, side).visual_BND.shape[:2].numel()  # where the text says no number, this counts
-    extract = getattr(loaded.model, "get_image_features", None)
+    owners = (loaded.model, loaded.model.base_model)
+    extract = next((owner.get_image_features for owner in owners if hasattr(owner, "get_image_features")), None)
     if extract is None:
         return None
     inner = getattr(

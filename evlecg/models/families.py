@@ -53,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4_unified": Family(layout="blocks", logits="softcap"),
     "evolla": Family(refused="reads proteins, not images"),
     "florence2": Family(layout="headed_centred"),
+    "fuyu": Family(processor={"return_legacy_image_output": False}),
     "git": Family(layout="headed"),
     "idefics": Family(layout="whole"),
     "idefics2": Family(layout="whole"),

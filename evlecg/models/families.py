@@ -59,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
     "evolla": Family(refused="reads proteins, not images"),
     "florence2": Family(layout="headed_centred"),
+    "fuyu": Family(processor={"return_legacy_image_output": False}),
     "gemma3": Family(two_way=True),
     "gemma3n": Family(logits="softcap"),
     "gemma4": Family(layout="blocks", logits="softcap", two_way=True),

@@ -415,10 +415,50 @@ def t5gemma2(folder: Path, *, seed: int = 0) -> Path:
     return _save(_awake(T5Gemma2ForConditionalGeneration), config, processor, folder, seed, True)
 
 
+def _persimmon_like() -> PreTrainedTokenizerFast:
+    """Sentence pieces that put their underscore before every text, placeholders included, as Fuyu's processor expects.
+
+    Placeholders are ordinary pieces, hence chosen by score.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    from tests.tiny import CORPUS
+
+    marks = ["<s>", "</s>", "|SPEAKER|", "|NEWLINE|", "<0x04>"]
+    words = sorted({"▁" + word for line in CORPUS for word in line.split()})
+    characters = sorted({character for line in CORPUS for character in line} | {"▁", "\n"} | set("abcdefghijklmnopqrstuvwxyz"))
+    pieces = [("<unk>", -20.0), *((mark, 0.0) for mark in marks), *((word, -5.0) for word in words)]
+    pieces += [(character, -10.0) for character in characters if character != " "]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", padding_side="right")
+
+
+def fuyu(folder: Path, *, seed: int = 0) -> Path:
+    """Fuyu: patches enter the language model as they are; its processor writes them before the question."""
+    from transformers import FuyuConfig, FuyuForCausalLM, FuyuImageProcessor, FuyuProcessor
+
+    tokenizer = _persimmon_like()
+    ids = tokenizer.convert_tokens_to_ids
+    config = FuyuConfig(
+        text_config={"model_type": "persimmon", "vocab_size": len(tokenizer), "hidden_size": 48,
+                     "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "max_position_embeddings": 512, "initializer_range": INIT, "bos_token_id": ids("<s>"),
+                     "eos_token_id": ids("</s>")},
+        patch_size=14, image_size=56, image_token_id=ids("|SPEAKER|"), initializer_range=INIT,
+    )  # fmt: skip
+    processor = FuyuProcessor(
+        FuyuImageProcessor(size={"height": 56, "width": 84}, patch_size={"height": 14, "width": 14}, **INK), tokenizer
+    )
+    return _save(FuyuForCausalLM, config, processor, folder, seed, True)
+
+
 BUILDERS = {
     "blip": blip,
     "blip-2": blip2,
     "florence2": florence2,
+    "fuyu": fuyu,
     "git": git,
     "idefics": idefics,
     "instructblip": instructblip,

@@ -1,4 +1,4 @@
-"""What the tiny checkpoints of many families share: a chat template, and the sizes of their language models and towers."""
+"""What the tiny checkpoints of many families share: a chat template, sizes of language models and towers."""
 
 from __future__ import annotations
 

@@ -120,6 +120,8 @@ class Encoder:
         full = self.processor.apply_chat_template([*asked, replied], tokenize=False).rstrip()
         if not full.startswith(prompt) or turn.answer not in full[len(prompt) :]:
             full = prompt + turn.answer + (self.tokenizer.eos_token or "")
+        if turn.ends and full.endswith(turn.answer):  # a template that leaves it to the next turn to end this one
+            full += self.tokenizer.eos_token or ""
         if not turn.ends:
             full = full[: full.index(turn.answer, len(prompt)) + len(turn.answer)]
         return prompt, full
@@ -166,7 +168,9 @@ class Encoder:
     def _process(self, pages: Sequence[np.ndarray], texts: list[str]) -> dict[str, Any]:
         from PIL import Image
 
-        images = [[Image.fromarray(page)] for page in pages]
+        images: list = [Image.fromarray(page) for page in pages]
+        if self.family.nested:
+            images = [[image] for image in images]
         try:
             return dict(
                 self.processor(
@@ -339,8 +343,9 @@ def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> 
     crop = getattr(image_processor, "crop_size", None)
     if getattr(image_processor, "do_center_crop", False) and crop is not None:
         return int(_entry(crop, "width") or crop), int(_entry(crop, "height") or crop)
-    if "height" in size and "width" in size and _tiles(image_processor, defaults):
-        return _tiled_size(int(size["width"]), int(size["height"]), image_processor)
+    limits = _tile_limits(image_processor, defaults)
+    if "height" in size and "width" in size and limits is not None:
+        return _tiled_size(int(size["width"]), int(size["height"]), *limits)
     if "height" in size and "width" in size:
         return int(size["width"]), int(size["height"])
     largest = _entry(getattr(image_processor, "max_image_size", None), "longest_edge")
@@ -351,7 +356,8 @@ def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> 
     most_patches = getattr(image_processor, "max_patches", None)
     if most_patches is not None:  # Pix2Struct: as many patches as it may have
         patch = image_processor.patch_size
-        scale = math.sqrt(most_patches * _entry(patch, "height") * _entry(patch, "width") / (width * height))
+        patch_px2 = patch**2 if isinstance(patch, int) else _entry(patch, "height") * _entry(patch, "width")
+        scale = min(1.0, math.sqrt(most_patches * patch_px2 / (width * height)))
     elif longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
         scale = min(1.0, math.sqrt(longest / (width * height)))
     elif longest is not None:
@@ -370,14 +376,21 @@ def _anyres_size(pinpoints: Any) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
-def _tiles(image_processor: Any, defaults: Mapping[str, Any]) -> bool:
-    """Whether a page is cut into a grid of tiles that is as wide and high as the page (InternVL's kind)."""
-    return bool(defaults.get("crop_to_patches", getattr(image_processor, "crop_to_patches", False)))
+def _tile_limits(image_processor: Any, defaults: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(fewest, most) tiles of the grid that a page is cut into, as wide and high as the page; None where it is not."""
+    if defaults.get("crop_to_patches", getattr(image_processor, "crop_to_patches", False)):  # InternVL's kind
+        return image_processor.min_patches, image_processor.max_patches
+    if getattr(image_processor, "do_image_splitting", False) and hasattr(image_processor, "max_tiles"):  # LFM2-VL
+        return image_processor.min_tiles, image_processor.max_tiles
+    if getattr(image_processor, "vision_input_type", "") == "thumb+tile":  # Perception LM
+        return 1, image_processor.max_num_tiles
+    if hasattr(image_processor, "resize_to_max_canvas"):  # Llama 4
+        return 1, image_processor.max_patches
+    return None
 
 
-def _tiled_size(tile_width: int, tile_height: int, image_processor: Any) -> tuple[int, int]:
+def _tiled_size(tile_width: int, tile_height: int, least: int, most: int) -> tuple[int, int]:
     """The grid of tiles that is nearest the paper's shape; of grids of one shape, the larger."""
-    most, least = image_processor.max_patches, image_processor.min_patches
     width, height = PAPER_SHAPE
     grids = [(across, down) for across in range(1, most + 1) for down in range(1, most // across + 1)]
 

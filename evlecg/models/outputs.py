@@ -7,13 +7,15 @@ Families whose image, question and answer are not one text are read in apart.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evlecg.errors import EvlecgError
 from evlecg.models import apart
@@ -36,25 +38,52 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
     if loaded.checkpoint.apart is not None:
         return apart.forward(loaded, side, visual_layer=visual_layer, model=model)
     forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
-    inputs = dict(side.inputs)
+    inputs = _as_model(side.inputs, model)
     if bool((side.block_BS > 1).any()):
-        inputs["attention_mask"] = tree_mask(side.block_BS, _dtype(model))
-        inputs["position_ids"] = tree_positions(side.block_BS)
+        inputs["attention_mask"] = _tree_masks(loaded, side, _dtype(model))
+        inputs["position_ids"] = _model_positions(loaded, side)
     keep_U, place_A = torch.unique(predict_A2[:, 1] - 1, return_inverse=True)
     if "logits_to_keep" in forward_keys:
         inputs["logits_to_keep"] = keep_U
-    result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
+    with _final_states(loaded.model) as final:
+        result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
     logits_BUV = result.logits
     if "logits_to_keep" not in forward_keys:
         logits_BUV = logits_BUV[:, keep_U]
     layers = [_one_stream(layer, side.valid_BS) for layer in result.hidden_states]
+    layers[-1:] = final[-1:] or layers[-1:]
     return Outputs(
         hidden_BSD=layers[-1],
         visual_BND=gather_visual(layers[visual_layer], side.visual_BS),
-        projected_BND=gather_visual(layers[0], side.visual_BS),
+        projected_BND=gather_visual(layers[loaded.checkpoint.family.projected_layer], side.visual_BS),
         answer_logits_AV=logits_BUV[predict_A2[:, 0], place_A],
         side=side,
     )
+
+
+def _as_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The inputs with pixels in the model's own precision: not every model brings them there itself."""
+    return {
+        key: value.to(_dtype(model)) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+
+
+@contextlib.contextmanager
+def _final_states(model: Any) -> Iterator[list[Tensor]]:
+    """Collects what the head reads: in some families the last entry of `hidden_states` comes before the norm."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        if isinstance(getattr(output, "last_hidden_state", None), Tensor):
+            found.append(output.last_hidden_state)
+
+    handle = model.base_model.register_forward_hook(keep) if model.base_model is not model else None
+    try:
+        yield found
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _one_stream(layer: Tensor, valid_BS: Tensor) -> Tensor:
@@ -103,20 +132,52 @@ LOGITS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "inkling": lambda logits_AV, text: _unpadded(logits_AV / text.logits_mup_width_multiplier, text),
     "muse": lambda logits_AV, text: _softcap(logits_AV * text.output_multiplier, text),
     "plain": lambda logits_AV, text: logits_AV,
+    "divided": lambda logits_AV, text: logits_AV / text.logits_scaling,
     "scale": lambda logits_AV, text: logits_AV * (1.0 if text.logit_scale is None else text.logit_scale),
     "softcap": _softcap,
 }
 
 
-def tree_mask(block_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [B,1,S,S]: causal, and a block sees the shared prefix and itself only."""
+def tree_mask(
+    block_BS: Tensor, dtype: torch.dtype, *, window: int | None = None, two_way_BS: Tensor | None = None
+) -> Tensor:
+    """Additive attention mask [B,1,S,S]: causal, and a block sees the shared prefix and itself only.
+
+    Args:
+        block_BS: see `Side`.
+        dtype: of the mask.
+        window: how many positions back a sliding layer sees, itself included; None: all.
+        two_way_BS: tokens that see later ones of the same unbroken run, too (an image's).
+    """
     length = block_BS.shape[1]
     causal_SS = torch.ones(length, length, dtype=torch.bool, device=block_BS.device).tril()
     same_BSS = block_BS[:, :, None] == block_BS[:, None, :]
     prefix_BSS = (block_BS == 0)[:, None, :]
     seen_BSS = causal_SS & (same_BSS | prefix_BSS)  # padding sees padding: harmless, and no row is empty
+    if two_way_BS is not None:
+        starts_BS = two_way_BS & ~F.pad(two_way_BS, (1, 0))[:, :-1]
+        run_BS = torch.where(two_way_BS, starts_BS.cumsum(1), 0)
+        seen_BSS |= (run_BS[:, :, None] == run_BS[:, None, :]) & two_way_BS[:, :, None]
+    if window is not None:
+        place_BS = tree_positions(block_BS)
+        seen_BSS &= place_BS[:, :, None] - place_BS[:, None, :] < window
     mask_BSS = torch.zeros(seen_BSS.shape, dtype=dtype, device=block_BS.device)
     return mask_BSS.masked_fill(~seen_BSS, torch.finfo(dtype).min)[:, None]
+
+
+def _tree_masks(loaded: Loaded, side: Side, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The tree mask of every kind of attention layer that the language model has."""
+    text = loaded.checkpoint.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"])
+    two_way_BS = side.visual_BS if loaded.checkpoint.family.two_way else None
+    masks = {
+        kind: tree_mask(
+            side.block_BS, dtype, window=window if kind == "sliding_attention" else None, two_way_BS=two_way_BS
+        )
+        for kind in kinds
+    }
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def tree_positions(block_BS: Tensor) -> Tensor:
@@ -127,6 +188,21 @@ def tree_positions(block_BS: Tensor) -> Tensor:
     start_BS = torch.where(starts_BS, index_BS, 0).cummax(1).values
     prefix_B1 = (block_BS == 0).sum(1, keepdim=True)
     return torch.where(block_BS == 0, index_BS, prefix_B1 + index_BS - start_BS)
+
+
+def _model_positions(loaded: Loaded, side: Side) -> Tensor:
+    """`tree_positions` as the model counts them: [B,S], or [3,B,S] where an image counts its rows and columns."""
+    place_BS = tree_positions(side.block_BS)
+    count = getattr(loaded.model, "get_rope_index", None) or getattr(loaded.model.base_model, "get_rope_index", None)
+    if count is None:
+        return place_BS
+    prefix_BS = side.block_BS == 0
+    known = inspect.signature(count).parameters
+    given = {key: value for key, value in side.inputs.items() if key in known}
+    place_PBS, _ = count(**given | {"attention_mask": prefix_BS.to(side.inputs["attention_mask"].dtype)})
+    next_B = place_PBS.masked_fill(~prefix_BS, -1).amax((0, 2)) + 1
+    behind_BS = next_B[:, None] + place_BS - prefix_BS.sum(1, keepdim=True)
+    return torch.where(prefix_BS, place_PBS, behind_BS.to(place_PBS.dtype))
 
 
 def gather_visual(hidden_BSD: Tensor, visual_BS: Tensor) -> Tensor:
@@ -159,16 +235,18 @@ def count_features(loaded: Loaded, side: Side) -> int | None:
     """How many image features the model makes of a batch; None where it does not say (no `get_image_features`)."""
     if loaded.checkpoint.apart is not None:
         return forward(loaded, side).visual_BND.shape[:2].numel()  # where the text says no number, this counts
-    owners = (loaded.model, loaded.model.base_model)
-    extract = next((owner.get_image_features for owner in owners if hasattr(owner, "get_image_features")), None)
-    if extract is None:
+    both = (getattr(model, "get_image_features", None) for model in (loaded.model, loaded.model.base_model))
+    extracts = [extract for extract in both if extract is not None]  # the outer one may pass on what it is given
+    if not extracts:
         return None
-    inner = getattr(
-        loaded.model.base_model, "get_image_features", extract
-    )  # the outer one may pass on what it is given
-    known = {*inspect.signature(extract).parameters, *inspect.signature(inner).parameters}
-    result = extract(**{key: value for key, value in side.inputs.items() if key in known}, return_dict=True)
-    return _count(getattr(result, "pooler_output", result))
+    extract, known = extracts[0], {name for each in extracts for name in inspect.signature(each).parameters}
+    inputs = _as_model(side.inputs, loaded.model)
+    result = extract(**{key: value for key, value in inputs.items() if key in known}, return_dict=True)
+    features = getattr(result, "pooler_output", result)
+    if features is None:  # Granite Vision 4: (decoder layer, features) pairs, all of one length; Llama 4: unprojected
+        added = getattr(result, "deepstack_features", None)
+        features = added[0][1] if added else result.last_hidden_state
+    return _count(features)
 
 
 def _count(features: Any) -> int:

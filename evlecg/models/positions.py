@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,6 @@ def measure_boxes(
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)[None, :]
     ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
-    ramp[..., 2] = 255  # tells paper from what the processor pads with
     black = np.zeros_like(ramp)
     inputs = process(ramp)  # one page a call: some processors pad the pages of a batch to one another
     places = _channel_places(lambda page: process(page)["pixel_values"], black)
@@ -76,6 +76,7 @@ def measure_boxes(
     )
     low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
     colour = (seen - low) / (high - low)  # 0..1: undoes any normalisation
+    colour[:, 2] = ((light - dark) / (high - low))[:, 2]  # padding may be as light as paper, but no page darkens it
     groups = LAYOUTS[layout](Seen(colour, size_px, config, inputs), n_tokens)
     if groups is None or len(groups) != n_tokens:
         return None
@@ -83,7 +84,16 @@ def measure_boxes(
 
 
 def grid(seen: Seen, n_tokens: int) -> Groups | None:
-    """Every tile an equal grid of tokens in reading order; or flat patches, a token a run of patches (Qwen's merge)."""
+    """Every tile an equal grid of tokens in reading order, behind its class token where that is kept.
+
+    Or flat patches: a token is a run of them (Qwen's merge).
+    """
+    cells = _even_grid(seen, n_tokens)
+    return _behind_heads(seen, n_tokens, 1) if cells is None else cells
+
+
+def _even_grid(seen: Seen, n_tokens: int) -> Groups | None:
+    """An equal grid of tokens on every tile, and nothing else."""
     tiles, _, rows, columns = seen.colour.shape
     if rows == 1:
         if tiles % n_tokens:
@@ -109,6 +119,7 @@ def anyres(seen: Seen, n_tokens: int) -> Groups | None:
     from transformers.image_processing_utils import select_best_resolution
 
     side = seen.config.vision_config.image_size // seen.config.vision_config.patch_size
+    side = int(side * Fraction(getattr(seen.config, "downsample_rate", None) or 1))
     whole = _cut(seen.colour[0], side, side)
     rest = n_tokens - len(whole)
     if len(seen.colour) == 1:
@@ -156,27 +167,59 @@ def blocks(seen: Seen, n_tokens: int) -> Groups | None:
     ]
 
 
+def raster(seen: Seen, n_tokens: int) -> Groups | None:
+    """Patches in reading order, merged in square blocks inside the model."""
+    down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
+    lines = _merged(seen.colour, down, across, n_tokens)
+    return None if lines is None else [token for line in lines for token in line]
+
+
+def raster_lines(seen: Seen, n_tokens: int) -> Groups | None:
+    """`raster` with a newline token behind every line of tokens, and perhaps one before and one behind them all."""
+    down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
+    for merge in range(1, min(down, across) + 1):
+        n_lines, n_columns = down // merge, across // merge
+        ends = n_tokens - n_lines * (n_columns + 1)
+        if ends not in (0, 2):
+            continue
+        found = _merged(seen.colour, down, across, n_lines * n_columns)
+        if found is not None:
+            end = [_NOWHERE] * (ends // 2)
+            return [*end, *(token for line in found for token in [*line, _NOWHERE]), *end]
+    return None
+
+
+def raster_tiles(seen: Seen, n_tokens: int) -> Groups | None:
+    """Tiles of patches in reading order, each of its own shape and padded to one length, merged in square blocks."""
+    shapes = [(int(down), int(across)) for down, across in seen.inputs["spatial_shapes"]]
+    patches = seen.colour.reshape(len(shapes), -1, *seen.colour.shape[1:])
+    return _merged_tiles(
+        [tile[: down * across] for (down, across), tile in zip(shapes, patches, strict=True)], shapes, n_tokens
+    )
+
+
 def headed(seen: Seen, n_tokens: int) -> Groups | None:
     """Every tile's tokens begin with some that see all of it (class token, registers, a mean), then an equal grid."""
-    tiles = len(seen.colour)
-    if n_tokens % tiles:
+    each = n_tokens // len(seen.colour)
+    found = (_behind_heads(seen, n_tokens, heads) for heads in range(each))
+    return next((groups for groups in found if groups is not None), None)
+
+
+def _behind_heads(seen: Seen, n_tokens: int, heads: int) -> Groups | None:
+    """On every tile `heads` tokens that see all of it, then an equal grid whose cells are as square as patches are."""
+    tiles, _, rows, columns = seen.colour.shape
+    per_tile = n_tokens // tiles - heads
+    if n_tokens % tiles or per_tile < 1 or rows == 1:
         return None
-    each = n_tokens // tiles
-    rows, columns = seen.colour.shape[2:]
-    for heads in range(each):
-        cells = grid(seen, (each - heads) * tiles)
-        if cells is None:
-            continue
-        down = round(math.sqrt((each - heads) * rows / columns))
-        if abs(rows / down * ((each - heads) // down) / columns - 1) > 0.2:  # cells are as square as patches are
-            continue
-        per_tile = each - heads
-        return [
-            group
-            for place, tile in enumerate(seen.colour)
-            for group in [tile.reshape(3, -1)] * heads + cells[place * per_tile : (place + 1) * per_tile]
-        ]
-    return None
+    cells = _even_grid(seen, per_tile * tiles)
+    down = round(math.sqrt(per_tile * rows / columns))
+    if cells is None or abs(rows / down * (per_tile // down) / columns - 1) > 0.2:
+        return None
+    return [
+        group
+        for place, tile in enumerate(seen.colour)
+        for group in [tile.reshape(3, -1)] * heads + cells[place * per_tile : (place + 1) * per_tile]
+    ]
 
 
 def headed_centred(seen: Seen, n_tokens: int) -> Groups | None:
@@ -201,16 +244,23 @@ def headed_centred(seen: Seen, n_tokens: int) -> Groups | None:
     ]
 
 
-def raster(seen: Seen, n_tokens: int) -> Groups | None:
-    """Flat patches in reading order, merged in square blocks inside of the model."""
-    rows = _merged_rows(seen, lambda down, across: down * across == n_tokens)
-    return None if rows is None else [token for row in rows for token in row]
+def strips(seen: Seen, n_tokens: int) -> Groups | None:
+    """MiniCPM-V: patches in reading order side by side in one long strip, the whole page first, then its slices."""
+    side = seen.colour.shape[2]
+    patches = seen.colour[0].reshape(3, side, -1, side).transpose(2, 0, 1, 3)
+    shapes = [(int(down), int(across)) for down, across in seen.inputs["target_sizes"]]
+    return _merged_tiles(
+        np.split(patches, np.cumsum([down * across for down, across in shapes])[:-1]), shapes, n_tokens
+    )
 
 
-def lines(seen: Seen, n_tokens: int) -> Groups | None:
-    """Hunyuan V4: `raster`, and a newline token behind every row of tokens."""
-    rows = _merged_rows(seen, lambda down, across: down * (across + 1) == n_tokens)
-    return None if rows is None else [token for row in rows for token in [*row, _NOWHERE]]
+def pooled(seen: Seen, n_tokens: int) -> Groups | None:
+    """Molmo 2: the processor lists the patches of every token, -1 for none."""
+    patches = seen.colour.reshape(len(seen.colour), 3, -1)
+    return [
+        np.concatenate([_NOWHERE, *(patches[place] for place in places.tolist() if place >= 0)], axis=1)
+        for places in seen.inputs["image_token_pooling"]
+    ]
 
 
 def whole(seen: Seen, n_tokens: int) -> Groups | None:
@@ -225,33 +275,44 @@ LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
     "anyres": anyres,
     "blocks": blocks,
     "grid": grid,
+    "raster": raster,
+    "raster_lines": raster_lines,
+    "raster_tiles": raster_tiles,
+    "pooled": pooled,
+    "strips": strips,
     "headed": headed,
     "headed_centred": headed_centred,
-    "lines": lines,
-    "raster": raster,
     "whole": whole,
 }
 
 _NOWHERE = np.zeros((3, 0))  # newlines and other separators that the model puts among its visual tokens
 
 
-def _merged_rows(seen: Seen, fits: Callable[[int, int], bool]) -> list[Groups] | None:
-    """Rows of tokens, each a square block of flat patches in reading order; `fits` knows the right down and across."""
-    down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
-    patch_DA3P = seen.colour.reshape(down, across, 3, -1)
-    for merge in range(1, min(down, across) + 1):
-        if down % merge or across % merge or not fits(down // merge, across // merge):
-            continue
-        return [
-            [
-                np.concatenate(
-                    list(patch_DA3P[row : row + merge, column : column + merge].reshape(merge**2, 3, -1)), axis=1
-                )
-                for column in range(0, across, merge)
-            ]
-            for row in range(0, down, merge)
+def _merged(patches: np.ndarray, down: int, across: int, n_tokens: int) -> list[Groups] | None:
+    """Lines of tokens, each a square block of patches [down * across, 3, rows, columns] in reading order."""
+    merge = math.isqrt(down * across // n_tokens)
+    if down * across != len(patches) or merge * merge * n_tokens != down * across or down % merge or across % merge:
+        return None
+    grid_DA3P = patches.reshape(down, across, 3, -1)
+    return [
+        [
+            np.concatenate(list(grid_DA3P[row : row + merge, column : column + merge].reshape(merge**2, 3, -1)), axis=1)
+            for column in range(0, across, merge)
         ]
-    return None
+        for row in range(0, down, merge)
+    ]
+
+
+def _merged_tiles(tiles: list[np.ndarray], shapes: list[tuple[int, int]], n_tokens: int) -> Groups | None:
+    """`_merged` for several tiles of patches, one after another, all merged alike."""
+    merge2 = sum(down * across for down, across in shapes) / n_tokens
+    tokens: Groups = []
+    for (down, across), tile in zip(shapes, tiles, strict=True):
+        lines = _merged(tile, down, across, round(down * across / merge2))
+        if lines is None:
+            return None
+        tokens += [token for line in lines for token in line]
+    return tokens
 
 
 def _cut(picture: np.ndarray, down: int, across: int) -> Groups:
@@ -301,13 +362,15 @@ def _channel_places(pixels_of: Callable[[np.ndarray], Any], black: np.ndarray) -
 
 
 def _values(pixels: Any) -> np.ndarray:
+    alone = isinstance(pixels, (list, tuple))
     while isinstance(pixels, (list, tuple)):
         pixels = pixels[0]
-    return torch.as_tensor(pixels).double().numpy()
+    values = torch.as_tensor(pixels).double().numpy()
+    return values[None] if alone and values.ndim == 3 and len(values) == 3 else values  # one picture of a list
 
 
 def _is_picture(values: np.ndarray) -> bool:
-    return values.ndim >= 4 or (values.ndim == 3 and values.shape[0] == 3)
+    return values.ndim >= 4
 
 
 def _tiles(pixels: Any, places: np.ndarray | None) -> np.ndarray:

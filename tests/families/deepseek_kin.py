@@ -117,11 +117,14 @@ def fast_vlm(folder: Path, *, seed: int = 0) -> Path:
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
     tokenizer = byte_level_tokenizer(600, special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    shape = {"layers": [1, 1, 1, 1, 1], "embed_dims": [8, 8, 16, 32, 32], "mlp_ratios": [2, 2, 2, 2, 2]}
+    # weights of the usual size would let nothing of the page through depthwise convolutions, and kernels of 7x7 on maps
+    # of 8x8 would smear it over all tokens
+    local = {"pos_embs": [None] * 5, "down_patch_size": 3}
+    shape = {"layers": [1] * 5, "embed_dims": [8, 8, 16, 32, 32], "mlp_ratios": [2] * 5, **local}
     config = FastVlmConfig(
         vision_config={
             "model_type": "timm_wrapper", "architecture": "fastvit_mci3", "num_classes": 0, "label_names": [],
-            "do_pooling": True, "initializer_range": INIT, "hidden_size": 64,
+            "do_pooling": True, "initializer_range": 0.4, "hidden_size": 64,
             "model_args": {"inference_mode": True, **shape},
         },
         text_config={"model_type": "qwen2", **text_sizes(tokenizer)},
@@ -163,6 +166,7 @@ def granite4_vision(folder: Path, *, seed: int = 0) -> Path:
         },
         text_config=text_sizes(
             tokenizer, num_hidden_layers=4, attention_multiplier=0.25, embedding_multiplier=1.0,
+            logits_scaling=2.0,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
         qformer_config={

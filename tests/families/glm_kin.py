@@ -143,8 +143,8 @@ def paddleocr_vl(folder: Path, *, seed: int = 0) -> Path:
         PaddleOCRVLProcessor,
     )
 
-    special = ["<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|IMAGE_START|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_END|>",
-               "<|video_pad|>"]  # fmt: skip
+    special = ["<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|IMAGE_START|>", "<|IMAGE_PLACEHOLDER|>",
+               "<|IMAGE_END|>", "<|video_pad|>"]  # fmt: skip
     tokenizer = byte_level_tokenizer(
         600, special, bos_token="<s>", eos_token="</s>", pad_token="<unk>",
         extra_special_tokens={"image_token": "<|IMAGE_PLACEHOLDER|>"},
@@ -195,7 +195,9 @@ def exaone4_5(folder: Path, *, seed: int = 0) -> Path:
             "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_key_value_heads": 2,
             "window_size": 56, "out_hidden_size": 40, "fullatt_block_indexes": [1], "initializer_range": INIT,
         },
-        text_config={"model_type": "exaone4", "sliding_window": 64, "sliding_window_pattern": 2, **text_sizes(tokenizer)},
+        text_config={
+            "model_type": "exaone4", "sliding_window": 64, "sliding_window_pattern": 2, **text_sizes(tokenizer),
+        },
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
     )  # fmt: skip

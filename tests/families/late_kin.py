@@ -120,7 +120,9 @@ def dots3_note(folder: Path, *, seed: int = 0) -> Path:
         Qwen2VLVideoProcessor,
     )
 
-    tokenizer, template = _tokens("<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>", start="<|img|>", stop="<|endofimg|>")
+    tokenizer, template = _tokens(
+        "<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>", start="<|img|>", stop="<|endofimg|>"
+    )
     ids = tokenizer.convert_tokens_to_ids
     config = Dots3NoteConfig(
         vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -172,7 +172,7 @@ def qianfan_ocr(folder: Path, *, seed: int = 0) -> Path:
 
 
 def ovis2(folder: Path, *, seed: int = 0) -> Path:
-    """Ovis 2: every patch a distribution over a visual vocabulary; the whole page first, row and column marks between."""
+    """Ovis 2: tokens are distributions over a visual vocabulary; the whole page first, then marked rows and columns."""
     from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2ImageProcessor, Ovis2Processor
 
     marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
@@ -230,7 +230,9 @@ def perception_lm(folder: Path, *, seed: int = 0) -> Path:
     from transformers import PerceptionLMVideoProcessor
 
     processor = PerceptionLMProcessor(
-        image_processor=PerceptionLMImageProcessor(tile_size=56, max_num_tiles=4, **PAPER),
+        image_processor=PerceptionLMImageProcessor(
+            tile_size=56, max_num_tiles=4, size={"height": 56, "width": 56}, **PAPER
+        ),
         video_processor=PerceptionLMVideoProcessor(size={"height": 56, "width": 56}),
         tokenizer=tokenizer,
         patch_size=14,

@@ -461,7 +461,9 @@ def _persimmon_like() -> PreTrainedTokenizerFast:
 
     marks = ["<s>", "</s>", "|SPEAKER|", "|NEWLINE|", "<0x04>"]
     words = sorted({"▁" + word for line in CORPUS for word in line.split()})
-    characters = sorted({character for line in CORPUS for character in line} | {"▁", "\n"} | set("abcdefghijklmnopqrstuvwxyz"))
+    characters = sorted(
+        {character for line in CORPUS for character in line} | {"▁", "\n"} | set("abcdefghijklmnopqrstuvwxyz")
+    )
     pieces = [("<unk>", -20.0), *((mark, 0.0) for mark in marks), *((word, -5.0) for word in words)]
     pieces += [(character, -10.0) for character in characters if character != " "]
     inner = Tokenizer(models.Unigram(pieces, unk_id=0))

@@ -491,7 +491,7 @@ def apertus1p5(folder: Path, *, seed: int = 0) -> Path:
         audio_token_offset=len(tokenizer) + codes,
     )  # fmt: skip
     processor = Apertus1p5Processor(
-        Apertus1p5ImageProcessor(size={"min_pixels": 64 * 64, "max_pixels": 384 * 384}),
+        Apertus1p5ImageProcessor(size={"min_pixels": 64 * 64, "max_pixels": 128 * 128}),
         WavTokenizerFeatureExtractor(), tokenizer, chat_template=template,
     )  # fmt: skip
     return _save(Apertus1p5ForConditionalGeneration, config, processor, folder, seed, True)

@@ -465,7 +465,40 @@ def inkling2_loop(folder: Path, *, seed: int = 0) -> Path:
     return _inkling2("Inkling2Loop", folder, seed, loop_layer_index_start=2, loop_layer_index_end=4, loop_num_passes=2)
 
 
+def apertus1p5(folder: Path, *, seed: int = 0) -> Path:
+    """Apertus 1.5: a page as codes of a vision tokenizer, rows ended by a token of their own."""
+    from transformers import (
+        Apertus1p5Config,
+        Apertus1p5ForConditionalGeneration,
+        Apertus1p5ImageProcessor,
+        Apertus1p5Processor,
+        WavTokenizerFeatureExtractor,
+    )
+
+    named = {"image_token": "<|image|>", "audio_token": "<|audio|>", "boi_token": "<|img_start|>",
+             "eoi_token": "<|img_end|>", "image_wrapper_token": "<|img_token_start|>",
+             "eol_token": "<|img_end_of_row|>", "boa_token": "<|audio_start|>", "eoa_token": "<|audio_end|>"}  # fmt: skip
+    tokenizer, template = _tokens("<|image|>", *list(named.values())[1:], extra_special_tokens=named)
+    ids, codes = tokenizer.convert_tokens_to_ids, 64
+    config = Apertus1p5Config(
+        vision_config={"attn_resolutions": [], "base_channels": 32, "channel_multiplier": [1, 1, 1, 1, 1],
+                       "codebook_size": codes, "embed_dim": 8, "latent_channels": 8, "num_res_blocks": 1,
+                       "resolution": 64},
+        audio_config={"codebook_dim": 8, "codebook_size": 8, "hidden_size": 8, "num_filters": 2, "num_lstm_layers": 1,
+                      "decoder_hidden_size": 32, "decoder_intermediate_size": 32, "decoder_num_layers": 1},
+        text_config=text_sizes(tokenizer, 32) | {"vocab_size": len(tokenizer) + codes + 8},
+        image_token_id=ids("<|image|>"), audio_token_id=ids("<|audio|>"), image_token_offset=len(tokenizer),
+        audio_token_offset=len(tokenizer) + codes,
+    )  # fmt: skip
+    processor = Apertus1p5Processor(
+        Apertus1p5ImageProcessor(size={"min_pixels": 64 * 64, "max_pixels": 128 * 128}),
+        WavTokenizerFeatureExtractor(), tokenizer, chat_template=template,
+    )  # fmt: skip
+    return _save(Apertus1p5ForConditionalGeneration, config, processor, folder, seed, True)
+
+
 BUILDERS = {
+    "apertus1p5": apertus1p5,
     "cohere_compass": cohere_compass,
     "cosmos3_edge": cosmos3_edge,
     "cosmos3_omni": cosmos3_omni,

@@ -128,6 +128,19 @@ class EvlObjective(nn.Module):
             )
         if self.needs and teacher is None:
             raise ValueError("this objective reads a teacher, and knows none")
+        placed = student.visual_width in (None, student.width)
+        if not placed and (self.uses_alignment and config.align.scope == "visual"):
+            raise EvlecgError(
+                "the student's visual tokens are not among its hidden states: they have a width of their own",
+                where="objective.align.scope",
+                hint="set it to all or answer",
+            )
+        if not placed and self.relates_aligned and not config.strict:
+            raise EvlecgError(
+                "the student's visual tokens are not among its hidden states, so no state is aligned with them",
+                where="objective.relation.source",
+                hint="set it to teacher",
+            )
         self.aligner: CrossAligner | None = None
         self.projection: nn.Linear | None = None
         if teacher is not None and (self.uses_alignment or self.relates_aligned):
@@ -141,9 +154,10 @@ class EvlObjective(nn.Module):
                 student.width, teacher.width, heads=config.align.heads, normalise=not config.strict
             )
         if teacher is not None and self.uses_transport:
-            self.projection = nn.Linear(teacher.width, student.width, bias=False)
+            from_width, to_width = (facts.visual_width or facts.width for facts in (teacher, student))
+            self.projection = nn.Linear(from_width, to_width, bias=False)
             # orthogonal: distances among teacher tokens survive, and so does their size per element
-            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(student.width / teacher.width)))
+            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(to_width / from_width)))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -76,7 +76,11 @@ def _bind_binned(
 
 
 def ece(n_bins: int = 15, kind: Bins = "width") -> Metric:
-    """Expected calibration error (Naeini 2015), of the probability that the label is present."""
+    """Expected calibration error (Naeini 2015), of the probability that the label is present.
+
+    It is above 0 for a perfectly calibrated model too, the more so the fewer the records: read it beside
+    `ece_if_calibrated`, which is also the test that an interval near 0 is not.
+    """
 
     def formed(n_BR: np.ndarray, score_BR: np.ndarray, truth_BR: np.ndarray) -> np.ndarray:
         return ratio(np.abs(truth_BR - score_BR).sum(axis=0), n_BR.sum(axis=0))
@@ -90,6 +94,60 @@ def ece(n_bins: int = 15, kind: Bins = "width") -> Metric:
         higher_is_better=False,
         reflected=True,
     )
+
+
+@dataclass(frozen=True)
+class EceIfCalibrated:
+    """What calibration error one label's scores would show if they were exactly right.
+
+    Attributes:
+        value: the error seen, as in `ece`; None where the label was not assessed.
+        expected, upper95: mean and 95th percentile of the error with truths drawn from the scores.
+        p: share of such draws with an error at least as large, (1 + count) / (1 + draws).
+    """
+
+    value: float | None
+    expected: float | None
+    upper95: float | None
+    p: float | None
+    n: int
+    method: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the attributes' names."""
+        return plain(asdict(self))
+
+
+def ece_if_calibrated(
+    scored: Scored, label: str, *, n_bins: int = 15, kind: Bins = "width", n_draws: int = 1000, seed: int = 0
+) -> EceIfCalibrated:
+    """The level of chance of the calibration error, by consistency resampling (Broecker and Smith 2007).
+
+    Truths are drawn record by record, also where a patient has several.
+
+    Raises:
+        EvlecgError: a score is not a probability, or there is no such label.
+    """
+    scored.check_probabilities("the calibration error")
+    assessed_N = scored.assessed_NK[:, scored.column(label)]
+    score_N = scored.value_NK[assessed_N, scored.column(label)]
+    truth_N = scored.truth_NK[assessed_N, scored.column(label)]
+    method = (f"{ece(n_bins, kind).formula}; expected: mean over {n_draws} draws of the truths from the scores "
+              f"themselves (seed {seed})")  # fmt: skip
+    if not len(score_N):
+        return EceIfCalibrated(None, None, None, None, 0, method)
+    order = np.argsort(score_N)
+    score_N, truth_N = score_N[order], truth_N[order]
+    first_B = np.unique(_bin_of(score_N, _edges(score_N, n_bins, kind)), return_index=True)[1]
+
+    def error(truth_N: np.ndarray) -> float:
+        return float(np.abs(np.add.reduceat(truth_N - score_N, first_B)).sum() / len(score_N))
+
+    generator = np.random.default_rng(seed)
+    drawn = np.array([error(generator.random(len(score_N)) < score_N) for _ in range(n_draws)])
+    value = error(truth_N)
+    p = (1 + int((drawn >= value).sum())) / (1 + n_draws)
+    return EceIfCalibrated(value, float(drawn.mean()), float(np.percentile(drawn, 95)), p, len(score_N), method)
 
 
 def brier_term(

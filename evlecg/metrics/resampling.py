@@ -97,8 +97,9 @@ def percentile_interval(value_R: np.ndarray) -> tuple[float, float] | None:
 def reflected_interval(value: float, value_R: np.ndarray) -> tuple[float, float] | None:
     """The percentile interval mirrored at the value (the basic bootstrap), cut to [0, 1].
 
-    For distances from perfection (calibration error): noise only adds to them, in the sample as in every resample once
-    more, so that the resamples lie above the value by as much as the value lies above the truth.
+    For distances from perfection (calibration error): noise only adds to them, in the sample and once more in every
+    resample, so that the resamples lie above the value as the value lies above the truth. For squared distances by as
+    much; for absolute ones near 0 by less (0.41 of it), so that such an interval may still lie above a truth of 0.
     """
     interval = percentile_interval(value_R)
     return (

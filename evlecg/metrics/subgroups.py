@@ -175,11 +175,11 @@ class _Pair:
         labels = ", ".join(self.parts[self.names[0]].labels[k] for k in shared)
         method = f"unweighted mean over {labels or 'no label'}; of one label: {self.metric.formula}"
         left, right = (self._over(shared, name, method) for name in self.names)
-        rows = (
-            [mean_over_labels(self.drawn[name].label_RK[:, shared]) for name in self.names]
-            if shared and self.drawn
-            else None
-        )
+        rows = None
+        if shared and self.drawn:
+            label_RKs = [self.drawn[name].label_RK[:, shared] for name in self.names]
+            absent_RK = np.isnan(label_RKs[0] + label_RKs[1])  # in a resample too, the same labels on both sides
+            rows = [mean_over_labels(np.where(absent_RK, np.nan, label_RK)) for label_RK in label_RKs]
         return self._made(left, right, rows, shared)
 
     def _over(self, columns: list[int], name: str, method: str) -> Estimate:

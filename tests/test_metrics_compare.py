@@ -66,6 +66,7 @@ def test_every_pair_every_label_in_the_same_resamples() -> None:
     assert found.pair("student", "teacher").headline.value < 0
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["pairs"][0]["overall"]["macro"]["p"] == found.pairs[0].headline.p
+    assert written["pairs"][0]["contrasts"][0]["a"] == "QRS"
 
 
 def test_weighted_and_pooled_differences_are_those_of_their_resamples() -> None:
@@ -83,6 +84,46 @@ def test_weighted_and_pooled_differences_are_those_of_their_resamples() -> None:
         sides = [resampled({"": metric.bind(scored)}, scored.n_patients, 20, n_boot=120, seed=2)[""].pooled[kind]
                  for scored in hard.values()]  # fmt: skip
         assert_allclose(found.ci95, np.percentile(sides[0] - sides[1], (2.5, 97.5)), rtol=1e-9)
+
+
+def test_means_are_compared_over_labels_that_both_models_have() -> None:
+    truth_NK = np.array([[1.0, 0], [0, 0], [1, 0], [0, 0], [1, 0]])
+    patients = list("abcde")
+    names = Scored(np.array([[1.0, 0], [0, 1], [0, 0], [0, 0], [1, 0]]), truth_NK, patients, ("X", "Y"))
+    never = names.replaced(value_NK=np.array([[1.0, 0], [1, 0], [1, 0], [0, 0], [0, 0]]))
+    found = compare(F1, {"names Y": names, "never": never}, label_groups={"Y alone": ("Y",)}, n_boot=200, seed=1)
+    assert found.models["names Y"].headline.n_labels == 2  # a false alarm counts 0
+    assert found.models["never"].headline.n_labels == 1
+    pair = found.pairs[0]
+    assert_allclose(pair.headline.value, 0.8 - 2 / 3)
+    x_R = [resampled({"": F1.bind(data)}, 5, 1, n_boot=200, seed=1)[""].label_RK[:, 0] for data in (names, never)]
+    difference_R = x_R[0] - x_R[1]
+    assert pair.headline.n_labels == 1
+    assert pair.headline.method.endswith("over X, which both have")
+    assert_allclose(pair.headline.ci95, np.nanpercentile(difference_R, (2.5, 97.5)))
+    assert pair.labels["Y"].undefined_because == "never: neither a truth nor an answer is positive"
+    assert pair.label_groups["Y alone"].value is None
+
+
+def test_contrasts_say_where_the_gain_is_larger() -> None:
+    models = three()
+    groups = {**GROUPS, "voltage": ("C",)}
+    found = compare(AUROC, models, label_groups=groups, n_boot=120, seed=2)
+    for pair in found.pairs:
+        gain_RK = draws(models[pair.a]) - draws(models[pair.b])
+        assert list(pair.contrasts) == [("QRS", "rhythm"), ("QRS", "voltage"), ("rhythm", "voltage")]
+        contrast = pair.contrasts["QRS", "rhythm"]
+        gains = pair.label_groups
+        assert_allclose(contrast.value, gains["QRS"].value - gains["rhythm"].value)
+        expected_R = gain_RK[:, :2].mean(axis=1) - gain_RK[:, 3]
+        assert_allclose(contrast.ci95, np.percentile(expected_R, (2.5, 97.5)), atol=1e-12)
+        assert (contrast.a, contrast.b, contrast.n_labels) == ("QRS", "rhythm", 3)
+        assert contrast.n_pos == sum((models[pair.a].truth_NK[:, k] == 1).sum() for k in (0, 1, 3))
+    cells = [cell for pair in found.pairs for cell in pair.contrasts.values()]
+    assert [cell.p_holm for cell in cells] == holm([cell.p for cell in cells])
+    empty = compare(AUROC, models, label_groups={"QRS": ("A",), "axis": ("Z",)}, n_boot=20).pairs[0].contrasts
+    assert empty["QRS", "axis"].value is None
+    assert empty["QRS", "axis"].undefined_because == "student: the data have no label of the group"
 
 
 def test_baseline_takes_every_other_model_minus_it() -> None:

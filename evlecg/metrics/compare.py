@@ -18,7 +18,7 @@ from scipy import stats
 
 from evlecg.errors import EvlecgError
 from evlecg.metrics.decisions import exact_answers
-from evlecg.metrics.estimates import Estimate, Estimates, Metric, Support, bootstrap_text, plain, summarised
+from evlecg.metrics.estimates import Estimate, Estimates, Metric, bootstrap_text, plain, summarised
 from evlecg.metrics.resampling import (
     N_BOOT,
     Values,
@@ -71,13 +71,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models: differences of everything that `Estimates` holds, under the same keys."""
+    """Two models: differences of everything that `Estimates` holds, under the same keys.
+
+    A mean over labels is compared over the labels that have a value for both models: with a label more or less it would
+    be another number (AUROC has the same ones for both; F1 and precision need not).
+
+    Attributes:
+        contrasts: of every two label groups, the first's difference minus the second's: does A gain more there? `a` and
+            `b` of a contrast are the two groups.
+    """
 
     a: str
     b: str
     overall: Mapping[str, Difference]
     labels: Mapping[str, Difference]
     label_groups: Mapping[str, Difference]
+    contrasts: Mapping[tuple[str, str], Difference]
 
     @property
     def headline(self) -> Difference:
@@ -91,6 +100,7 @@ class Pair:
                 part: {name: difference.to_dict() for name, difference in getattr(self, part).items()}
                 for part in ("overall", "labels", "label_groups")
             },
+            "contrasts": [contrast.to_dict() for contrast in self.contrasts.values()],
         }
 
 
@@ -100,7 +110,7 @@ class Comparison:
 
     Attributes:
         models: name -> its own numbers.
-        pairs: differences; adjusted p over the pairs for `overall`, over pairs and names for the rest.
+        pairs: differences; adjusted p over the pairs for each of `overall`, over pairs and names for the others.
     """
 
     metric: str
@@ -161,53 +171,126 @@ def compare(
     wanted = (
         list(combinations(models, 2)) if baseline is None else [(name, baseline) for name in models if name != baseline]
     )
-    support = Support(first, metric)
-    pairs = []
-    for a, b in wanted:
-        parts: dict[str, dict[str, Difference]] = {}
-        for part in ("overall", "labels", "label_groups"):
-            parts[part] = {}
-            for name, left in getattr(estimates[a], part).items():
-                sides = None
-                if drawn is not None and left.caveat != support.too_few:
-                    sides = [_row(part, name, drawn[model], first, groups, metric) for model in (a, b)]
-                right = getattr(estimates[b], part)[name]
-                parts[part][name] = difference(a, b, left, right, sides, n_boot=n_boot, seed=seed)
-        pairs.append(Pair(a, b, **parts))
+    pairs = [
+        _pair(
+            (a, b), models, estimates, (point[a], point[b]), None if drawn is None else (drawn[a], drawn[b]), groups,
+            n_boot=n_boot, seed=seed,
+        )
+        for a, b in wanted
+    ]  # fmt: skip
     return Comparison(metric.name, estimates, _adjusted(pairs))
 
 
-def _row(
-    part: str, name: str, values: Values, scored: Scored, groups: Mapping[str, Sequence[str]], metric: Metric
-) -> np.ndarray:
-    """Resampled values [R] of one entry of `Estimates`."""
-    if part == "labels":
-        return values.label_RK[:, scored.labels.index(name)]
-    if part == "label_groups":
-        return mean_over_labels(values.label_RK[:, [label in set(groups[name]) for label in scored.labels]])
-    if name in values.pooled:
-        return values.pooled[name]
-    return mean_over_labels(values.label_RK, values.positive_RK if name == "weighted" else None)
+def _pair(
+    names: tuple[str, str],
+    models: Mapping[str, Scored],
+    estimates: Mapping[str, Estimates],
+    point: tuple[Values, Values],
+    drawn: tuple[Values, Values] | None,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    n_boot: int,
+    seed: int,
+) -> Pair:
+    a, b = names
+    scored = models[a]
+    parts: dict[str, dict[str, Difference]] = {"overall": {}, "labels": {}, "label_groups": {}}
+    resampled_R: dict[str, np.ndarray] = {}  # of the label groups
+    for part, found in parts.items():
+        for name, left in getattr(estimates[a], part).items():
+            right = getattr(estimates[b], part)[name]
+            columns = _columns(part, name, scored, groups)
+            kind = name if part == "overall" else "macro"
+            seen = _both_sides(kind, columns, point)
+            difference_R = None
+            if drawn is not None and left.ci95 is not None and right.ci95 is not None:
+                sides = _both_sides(kind, columns, drawn)
+                difference_R = sides[0] - sides[1]
+                if part == "label_groups":
+                    resampled_R[name] = difference_R
+            made = difference(a, b, left, right, (float(seen[0][0]), float(seen[1][0])), difference_R,
+                              n_boot=n_boot, seed=seed)  # fmt: skip
+            if kind not in point[0].pooled:
+                defined = [k for k in columns if not np.isnan([values.label_RK[0, k] for values in point]).any()]
+                if len(defined) < max(left.n_labels, right.n_labels):
+                    only = ", ".join(scored.labels[k] for k in defined) or "no label"
+                    made = replace(made, n_labels=len(defined), method=f"{made.method}; over {only}, which both have")
+            found[name] = made
+    contrasts = {}
+    for first, second in combinations(parts["label_groups"], 2):
+        left, right = parts["label_groups"][first], parts["label_groups"][second]
+        value = ci95 = p = None
+        reason = left.undefined_because or right.undefined_because
+        if left.value is not None and right.value is not None:
+            value = left.value - right.value
+        if first in resampled_R and second in resampled_R:
+            contrast_R = resampled_R[first] - resampled_R[second]
+            ci95, p = percentile_interval(contrast_R), two_sided_p(contrast_R)
+        columns = sorted({k for name in (first, second) for k in _columns("label_groups", name, scored, groups)})
+        rows_N = scored.rows_with(columns)
+        contrasts[first, second] = Difference(
+            first, second, value, ci95, p, p, int(rows_N.sum()), scored.n_pos_in(columns),
+            scored.n_patients_among(rows_N), len(columns), f"({a} minus {b}) in {first} minus the same in {second}",
+            left.interval_method, reason,
+        )  # fmt: skip
+    return Pair(a, b, **parts, contrasts=contrasts)
+
+
+def _columns(part: str, name: str, scored: Scored, groups: Mapping[str, Sequence[str]]) -> list[int]:
+    members = {"labels": (name,), "overall": scored.labels}[part] if part in ("labels", "overall") else groups[name]
+    return [k for k, label in enumerate(scored.labels) if label in set(members)]
+
+
+def _both_sides(kind: str, columns: list[int], values: tuple[Values, Values]) -> tuple[np.ndarray, np.ndarray]:
+    """Two models' values [R] of one entry of `Estimates`; means are over the labels that both have in a resample."""
+    if kind in values[0].pooled:
+        return values[0].pooled[kind], values[1].pooled[kind]
+    return shared_means(
+        values[0].label_RK[:, columns],
+        values[1].label_RK[:, columns],
+        values[0].positive_RK[:, columns] if kind == "weighted" and values[0].positive_RK is not None else None,
+    )
+
+
+def shared_means(
+    left_RK: np.ndarray, right_RK: np.ndarray, weight_RK: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two means [R] over the labels that are defined on both sides of a resample."""
+    absent_RK = np.isnan(left_RK) | np.isnan(right_RK)
+    left_R, right_R = (
+        mean_over_labels(np.where(absent_RK, np.nan, value_RK), weight_RK) for value_RK in (left_RK, right_RK)
+    )
+    return left_R, right_R
 
 
 def difference(
-    a: str, b: str, left: Estimate, right: Estimate, sides: Sequence[np.ndarray] | None, *, n_boot: int, seed: int
+    a: str,
+    b: str,
+    left: Estimate,
+    right: Estimate,
+    values: tuple[float, float],
+    difference_R: np.ndarray | None,
+    *,
+    n_boot: int,
+    seed: int,
 ) -> Difference:
     """Left minus right, with the counts of the left.
 
     Args:
-        sides: the two's values [R] in the same resamples; None where there is to be no interval.
+        values: of the two, NaN where undefined.
+        difference_R: of the two in the same resamples; None where there is to be no interval.
     """
     how = f"{bootstrap_text(n_boot, seed)}; both sides in the same resamples; {P_TEXT}; {HOLM_TEXT}"
     value, ci95, p, reason = None, None, None, None
     if left.value is None or right.value is None:
         reason = f"{a}: {left.undefined_because}" if left.value is None else f"{b}: {right.undefined_because}"
+    elif np.isnan(values).any():
+        reason = "no label has a value on both sides"
     else:
-        value = left.value - right.value
-        if sides is None:
+        value = values[0] - values[1]
+        if difference_R is None:
             reason = (left.caveat or right.caveat) if n_boot else "no interval was asked for"
         else:
-            difference_R = sides[0] - sides[1]
             ci95, p = percentile_interval(difference_R), two_sided_p(difference_R)
     return Difference(
         a, b, value, ci95, p, p, left.n, left.n_pos, left.n_patients, left.n_labels, left.method, how, reason
@@ -215,10 +298,10 @@ def difference(
 
 
 def _adjusted(pairs: list[Pair]) -> tuple[Pair, ...]:
-    """Holm's adjustment: the headlines and their like over the pairs, labels and groups over all of theirs."""
-    changed: list[dict[str, dict[str, Difference]]] = [{} for _ in pairs]
-    for part in ("overall", "labels", "label_groups"):
-        families: dict[str, list[tuple[int, str]]] = {}
+    """Holm's adjustment: each of `overall` over the pairs; labels, groups and contrasts over all of theirs."""
+    changed: list[dict[str, dict[Any, Difference]]] = [{} for _ in pairs]
+    for part in ("overall", "labels", "label_groups", "contrasts"):
+        families: dict[str, list[tuple[int, Any]]] = {}
         for number, pair in enumerate(pairs):
             for name in getattr(pair, part):
                 families.setdefault(name if part == "overall" else "", []).append((number, name))

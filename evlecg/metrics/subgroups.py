@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from evlecg.errors import EvlecgError
-from evlecg.metrics.compare import Difference, difference, holm
+from evlecg.metrics.compare import Difference, difference, holm, shared_means
 from evlecg.metrics.estimates import Estimate, Estimates, Metric, summarised
 from evlecg.metrics.resampling import N_BOOT, Values, mean_over_labels, observed, resampled
 from evlecg.metrics.scored import Scored
@@ -161,26 +161,19 @@ class _Pair:
     def label(self, k: int) -> Difference:
         label = self.parts[self.names[0]].labels[k]
         left, right = (self.tables[name].labels[label] for name in self.names)
-        rows = [self.drawn[name].label_RK[:, k] for name in self.names] if self._firm(k) else None
-        return self._made(left, right, rows, [k])
+        return self._made(left, right, [k], firm=self._firm(k))
 
     def headline(self) -> Difference:
         left, right = (self.tables[name].headline for name in self.names)
         if self.metric.headline in self.point[self.names[0]].pooled:
-            rows = None
-            if left.ci95 is not None and right.ci95 is not None:
-                rows = [self.drawn[name].pooled[self.metric.headline] for name in self.names]
-            return self._made(left, right, rows, list(range(len(self.parts[self.names[0]].labels))))
+            everything = list(range(len(self.parts[self.names[0]].labels)))
+            firm = left.ci95 is not None and right.ci95 is not None
+            return self._made(left, right, everything, firm=firm, pooled=self.metric.headline)
         shared = [k for k in self.columns if self._valued(k) and (self._firm(k) or not self.n_boot)]
         labels = ", ".join(self.parts[self.names[0]].labels[k] for k in shared)
         method = f"unweighted mean over {labels or 'no label'}; of one label: {self.metric.formula}"
         left, right = (self._over(shared, name, method) for name in self.names)
-        rows = None
-        if shared and self.drawn:
-            label_RKs = [self.drawn[name].label_RK[:, shared] for name in self.names]
-            absent_RK = np.isnan(label_RKs[0] + label_RKs[1])  # in a resample too, the same labels on both sides
-            rows = [mean_over_labels(np.where(absent_RK, np.nan, label_RK)) for label_RK in label_RKs]
-        return self._made(left, right, rows, shared)
+        return self._made(left, right, shared, firm=bool(shared and self.n_boot))
 
     def _over(self, columns: list[int], name: str, method: str) -> Estimate:
         whole = self.tables[name].headline
@@ -198,14 +191,25 @@ class _Pair:
         )
 
     def _made(
-        self, left: Estimate, right: Estimate, rows: Sequence[np.ndarray] | None, columns: list[int]
+        self, left: Estimate, right: Estimate, columns: list[int], *, firm: bool, pooled: str | None = None
     ) -> Difference:
         """The difference with the counts of both groups together."""
-        both = self.both
-        rows_N = both.rows_with(columns)
+        a, b = self.names
+
+        def sides(values: Mapping[str, Values]) -> tuple[np.ndarray, np.ndarray]:
+            if pooled is not None:
+                return values[a].pooled[pooled], values[b].pooled[pooled]
+            return shared_means(values[a].label_RK[:, columns], values[b].label_RK[:, columns])
+
+        seen = sides(self.point)
+        drawn = sides(self.drawn) if firm else None
+        rows_N = self.both.rows_with(columns)
         return replace(
-            difference(*self.names, left, right, rows, n_boot=self.n_boot, seed=self.seed),
-            n=int(rows_N.sum()), n_pos=both.n_pos_in(columns), n_patients=both.n_patients_among(rows_N),
+            difference(
+                a, b, left, right, (float(seen[0][0]), float(seen[1][0])),
+                None if drawn is None else drawn[0] - drawn[1], n_boot=self.n_boot, seed=self.seed,
+            ),
+            n=int(rows_N.sum()), n_pos=self.both.n_pos_in(columns), n_patients=self.both.n_patients_among(rows_N),
             n_labels=len(columns),
         )  # fmt: skip
 

@@ -299,6 +299,14 @@ def test_resample_without_one_class_is_left_out_for_that_label() -> None:
     assert_allclose(found.headline.ci95, np.percentile(np.nanmean(value_RK, axis=1), (2.5, 97.5)))
 
 
+@pytest.mark.parametrize("name", ["auroc", "average_precision", "sensitivity_at", "specificity_at", "auc_hard"])
+def test_a_resample_with_one_class_has_no_value(name: str) -> None:
+    metric, _, _ = CASES[name]
+    scored = Scored(np.array([[1.0], [0], [1], [0]]), np.array([[1.0], [1], [0], [0]]), list("abcd"), ("A",))
+    count_PR = np.array([[1, 2, 0], [1, 2, 0], [1, 0, 1], [1, 0, 3]], dtype=float)  # all, positives, negatives
+    assert_array_equal(np.isnan(metric.bind(scored)(count_PR).label_RK[:, 0]), [False, True, True])
+
+
 def test_label_groups_are_means_over_the_labels_named() -> None:
     scored = make(n=150, k=4)
     truth_NK = scored.truth_NK.copy()

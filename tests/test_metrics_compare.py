@@ -66,6 +66,8 @@ def test_every_pair_every_label_in_the_same_resamples() -> None:
     assert found.pair("student", "teacher").headline.value < 0
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["pairs"][0]["overall"]["macro"]["p"] == found.pairs[0].headline.p
+    assert "method" not in written["pairs"][0]["labels"]["A"]
+    assert written["pairs"][0]["labels"]["A"]["p_holm"] == found.pairs[0].labels["A"].p_holm
     assert written["pairs"][0]["contrasts"][0]["a"] == "QRS"
 
 

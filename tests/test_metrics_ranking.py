@@ -182,6 +182,7 @@ def test_curves_equal_scikit_learns(levels: int | None) -> None:
         for recalled, precise, cut in zip(pr.x, pr.y, pr.threshold, strict=True):
             place = np.flatnonzero(threshold == cut)[0]
             assert_allclose((recalled, precise), (recall[place], precision[place]))
+        assert (np.diff([0, *pr.x]) > 0).all()
         area = np.sum(np.diff([0, *pr.x]) * pr.y)
         assert_allclose(area, sk.average_precision_score(truth_N, value_N), rtol=1e-12)
         assert (pr.n_pos, pr.n_neg) == ((truth_N == 1).sum(), (truth_N == 0).sum())

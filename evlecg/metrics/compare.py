@@ -18,7 +18,7 @@ from scipy import stats
 
 from evlecg.errors import EvlecgError
 from evlecg.metrics.decisions import exact_answers
-from evlecg.metrics.estimates import Estimate, Estimates, Metric, bootstrap_text, plain, summarised
+from evlecg.metrics.estimates import Estimate, Estimates, Metric, bootstrap_text, plain, summarised, without_words
 from evlecg.metrics.resampling import (
     N_BOOT,
     Values,
@@ -93,13 +93,13 @@ class Pair:
         return next(iter(self.overall.values()))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the words of the labels are those of the headline."""
         return {
             "a": self.a,
             "b": self.b,
-            **{
-                part: {name: difference.to_dict() for name, difference in getattr(self, part).items()}
-                for part in ("overall", "labels", "label_groups")
-            },
+            "overall": {name: found.to_dict() for name, found in self.overall.items()},
+            "labels": {name: without_words(found.to_dict()) for name, found in self.labels.items()},
+            "label_groups": {name: found.to_dict() for name, found in self.label_groups.items()},
             "contrasts": [contrast.to_dict() for contrast in self.contrasts.values()],
         }
 
@@ -122,6 +122,7 @@ class Comparison:
         return next(pair for pair in self.pairs if (pair.a, pair.b) == (a, b))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the attributes' names."""
         return {
             "metric": self.metric,
             "models": {name: estimates.to_dict() for name, estimates in self.models.items()},
@@ -392,7 +393,7 @@ def mcnemar(models: Mapping[str, Scored]) -> McNemar:
         "McNemar: two-sided binomial test with probability 1/2 of the records that only one model answered right",
         None if n else "no record was assessed",
         None if n_patients == n else f"{n} records of {n_patients} patients are taken for independent; the paired "
-        "bootstrap is not so naive",
+        "bootstrap draws patients",
     )  # fmt: skip
 
 

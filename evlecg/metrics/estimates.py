@@ -128,10 +128,7 @@ class Estimates:
             "method": some.method,
             "interval_method": some.interval_method,
             "overall": {name: estimate.to_dict() for name, estimate in self.overall.items()},
-            "labels": {
-                name: {key: value for key, value in estimate.to_dict().items() if not key.endswith("method")}
-                for name, estimate in self.labels.items()
-            },
+            "labels": {name: without_words(estimate.to_dict()) for name, estimate in self.labels.items()},
             "label_groups": {name: estimate.to_dict() for name, estimate in self.label_groups.items()},
         }
 
@@ -291,6 +288,11 @@ def _degenerate(value_R: np.ndarray) -> str | None:
     if len(value_R) and value_R.min() == value_R.max():
         return "every resample gives the same value: the interval cannot show what other patients would change"
     return None
+
+
+def without_words(values: dict[str, Any]) -> dict[str, Any]:
+    """Without `method` and `interval_method`: for many labels that share them."""
+    return {key: value for key, value in values.items() if not key.endswith("method")}
 
 
 def plain(tree: Any) -> Any:

@@ -105,7 +105,7 @@ class Scored:
 
     def n_patients_among(self, rows_N: np.ndarray) -> int:
         """Number of patients of the chosen records (bool [N])."""
-        return len(np.unique(self.patient_N[rows_N]))
+        return int(np.count_nonzero(np.bincount(self.patient_N[rows_N])))
 
     def rows_with(self, columns: Sequence[int]) -> np.ndarray:
         """bool [N]: records in which any of the columns was assessed."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from evlecg.errors import EvlecgError
 from evlecg.metrics.compare import Difference, difference, holm, shared_means
-from evlecg.metrics.estimates import Estimate, Estimates, Metric, summarised
+from evlecg.metrics.estimates import Estimate, Estimates, Metric, summarised, without_words
 from evlecg.metrics.resampling import N_BOOT, Values, mean_over_labels, observed, resampled
 from evlecg.metrics.scored import Scored
 
@@ -43,14 +43,14 @@ class GroupTable:
     n_ungrouped: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values under the attributes' names."""
+        """Plain JSON values; the words of the labels are those of `differences`."""
         return {
             "metric": self.metric,
             "groups": {name: estimates.to_dict() for name, estimates in self.groups.items()},
             "reference": self.reference,
             "differences": {name: found.to_dict() for name, found in self.differences.items()},
             "label_differences": {
-                name: {label: found.to_dict() for label, found in labels.items()}
+                name: {label: without_words(found.to_dict()) for label, found in labels.items()}
                 for name, labels in self.label_differences.items()
             },
             "n_ungrouped": self.n_ungrouped,

@@ -347,12 +347,17 @@ class _Null:
     """An explicit null of `--set key=null`, told apart from a flag that was not given."""
 
 
-def shipped_recipes() -> dict[str, Any]:
-    """Name -> readable file of every recipe inside the package."""
-    folder = resources.files("evlecg") / "recipes"
+def recipe_folder() -> Path:
+    """Where the shipped recipes and studies lie."""
+    folder = Path(str(resources.files("evlecg"))) / "recipes"
     if not folder.is_dir():  # a source checkout: the wheel maps ../recipes to evlecg/recipes
         folder = Path(__file__).resolve().parent.parent / "recipes"
-    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+    return folder
+
+
+def shipped_recipes() -> dict[str, Any]:
+    """Name -> readable file of every recipe inside the package."""
+    return {item.name.removesuffix(".yaml"): item for item in recipe_folder().iterdir() if item.name.endswith(".yaml")}
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:

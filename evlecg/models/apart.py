@@ -49,6 +49,7 @@ class Apart:
             encoder's text, a decoder answers) or DECODER (question and answer are the decoder's; the page is all that
             the processor reads).
         prompt: what is asked, where there is no chat template; no image placeholder but where the processor wants one.
+        closing: what the processor itself writes behind the prompt.
         visual: modules that make the visual tokens, the first that the model has; empty where they stand in the text.
         marks: key of the processor's mask of visual positions in the text (1 there); empty: `image_token_id`.
         real: key of the processor's mask of real tiles or patches: tokens of the others are dropped.
@@ -64,6 +65,7 @@ class Apart:
 
     form: str = ROW
     prompt: str = "{earlier}Question: {question} Answer:"
+    closing: str = ""
     visual: tuple[str, ...] = ()
     marks: str = ""
     real: str = ""
@@ -79,17 +81,18 @@ class Apart:
 
 APART: dict[str, Apart] = {
     "blip": Apart(
-        DECODER, "{earlier}{question}", ("vision_model",), width="vision_config.hidden_size", count="patches",
+        DECODER, "{earlier}{question}", "", ("vision_model",), width="vision_config.hidden_size", count="patches",
         ids="input_ids", begins=("text_config.bos_token_id",), head="text_decoder.cls.predictions.decoder",
     ),
     "blip-2": Apart(ROW),
     "florence2": Apart(ENCODER, "{earlier}{question}", keeps_bos=True),
+    "fuyu": Apart(ROW, "{earlier}{question}\n", "<0x04>"),
     "git": Apart(
-        DECODER, "{earlier}{question}", ("git.visual_projection",), in_sequence=True, count="patches",
+        DECODER, "{earlier}{question}", "", ("git.visual_projection",), in_sequence=True, count="patches",
         ids="input_ids", begins=("bos_token_id",),
     ),
     "idefics": Apart(
-        ROW, "{earlier}User: {question}\nAssistant:", ("model.perceiver_resampler", "model.vision_model"),
+        ROW, "{earlier}User: {question}\nAssistant:", "", ("model.perceiver_resampler", "model.vision_model"),
         width="vision_config.embed_dim", count="latents",
     ),
     "instructblip": Apart(ROW, "{earlier}{question}"),
@@ -97,15 +100,15 @@ APART: dict[str, Apart] = {
     "kosmos-2.5": Apart(
         ROW, "<md>{earlier}{question}", marks="image_embeds_position_mask", flattened=True
     ),
-    "mllama": Apart(ROW, "<|image|>{earlier}{question}\n", ("model.multi_modal_projector",), real="aspect_ratio_mask",
+    "mllama": Apart(ROW, "<|image|>{earlier}{question}\n", "", ("model.multi_modal_projector",), real="aspect_ratio_mask",
                     count="patches"),
     "pix2struct": Apart(
-        DECODER, "{earlier}{question}", ("encoder",), real="attention_mask", count="flattened",
+        DECODER, "{earlier}{question}", "", ("encoder",), real="attention_mask", count="flattened",
         flattened=True,
     ),
     "t5gemma2": Apart(ENCODER, "{image}{earlier}{question}\n"),
     "vision-encoder-decoder": Apart(
-        DECODER, "{earlier}{question}", ("enc_to_dec_proj", "encoder"), width="decoder.cross_attention_hidden_size",
+        DECODER, "{earlier}{question}", "", ("enc_to_dec_proj", "encoder"), width="decoder.cross_attention_hidden_size",
         count="patches", keeps_bos=True,
     ),
 }  # fmt: skip
@@ -179,8 +182,8 @@ def encode(encoder: Encoder, pages: Sequence[Page], turns: Sequence[Sequence[Tur
 
 def answer_ids(encoder: Encoder, turn: Turn) -> tuple[int, ...]:
     """Ids of the answer's tokens, in their context."""
-    prompt, full = _texts(encoder, turn)
-    text = _written(encoder, prompt, full, turn)
+    _, asked, full = _texts(encoder, turn)
+    text = _written(encoder, asked, full, turn)
     return tuple(token for token, answer in zip(text.ids, text.answer, strict=True) if answer)
 
 
@@ -217,16 +220,18 @@ class _Row:
         return self.n_before + len(self.text.ids)
 
 
-def _texts(encoder: Encoder, turn: Turn) -> tuple[str, str]:
-    """(prompt, prompt with the answer, ended if the turn ends)."""
+def _texts(encoder: Encoder, turn: Turn) -> tuple[str, str, str]:
+    """(what the processor is given, the prompt as it stands in the end, the prompt with the answer)."""
     row = apart_of(encoder.checkpoint.config)
     assert row is not None
     if row.form == ROW and getattr(encoder.processor, "chat_template", None):
-        return encoder.text(turn)
+        prompt, full = encoder.text(turn)
+        return prompt, prompt, full
     earlier = "".join(f"{question}\n{answer}\n" for question, answer in turn.history)
     image = getattr(encoder.processor, "boi_token", "")
     prompt = row.prompt.format(image=image, earlier=earlier, question=turn.question)
-    return prompt, f"{prompt} {turn.answer}"
+    asked = prompt + row.closing
+    return prompt, asked, f"{asked} {turn.answer}"
 
 
 def _written(encoder: Encoder, prompt: str, full: str, turn: Turn) -> _Text:
@@ -277,8 +282,8 @@ def _row(encoder: Encoder, pixels: np.ndarray, turn: Turn) -> _Row:
     config = encoder.checkpoint.config
     row = apart_of(config)
     assert row is not None
-    prompt, full = _texts(encoder, turn)
-    text = _written(encoder, prompt, full, turn)
+    prompt, asked, full = _texts(encoder, turn)
+    text = _written(encoder, asked, full, turn)
     if row.form == DECODER:
         inputs = _process(encoder, pixels, None)
         inputs[row.ids] = torch.tensor([text.ids])
@@ -292,7 +297,7 @@ def _row(encoder: Encoder, pixels: np.ndarray, turn: Turn) -> _Row:
         inputs["decoder_attention_mask"] = torch.ones(1, len(text.ids), dtype=torch.long)
         block = _blocks(in_text) + [1] * len(text.ids)
         return _Row(inputs, len(ids), text, in_text + [0] * len(text.ids), block, sum(in_text))
-    text = _appended(encoder, ids, prompt, text)
+    text = _appended(encoder, ids, asked, text)
     inputs = _longer(inputs, len(ids), torch.tensor([text.ids]))
     if row.visual:
         return _captured(encoder, row, inputs, text)

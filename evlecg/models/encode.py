@@ -357,7 +357,7 @@ def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> 
     most_patches = getattr(image_processor, "max_patches", None)
     if most_patches is not None:  # Pix2Struct: as many patches as it may have
         patch = image_processor.patch_size
-        patch_px2 = patch**2 if isinstance(patch, int) else _entry(patch, "height") * _entry(patch, "width")
+        patch_px2 = patch**2 if isinstance(patch, int) else int(_entry(patch, "height") or 1) ** 2
         scale = min(1.0, math.sqrt(most_patches * patch_px2 / (width * height)))
     elif longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
         scale = min(1.0, math.sqrt(longest / (width * height)))

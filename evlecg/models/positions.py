@@ -89,7 +89,16 @@ def measure_boxes(
 
 
 def grid(seen: Seen, n_tokens: int) -> Groups | None:
-    """Every tile an equal grid of tokens in reading order; or flat patches, a token a run of patches (Qwen's merge)."""
+    """Every tile an equal grid of tokens in reading order, behind its class token where that is kept.
+
+    Or flat patches: a token is a run of them (Qwen's merge).
+    """
+    cells = _even_grid(seen, n_tokens)
+    return _behind_heads(seen, n_tokens, 1) if cells is None else cells
+
+
+def _even_grid(seen: Seen, n_tokens: int) -> Groups | None:
+    """An equal grid of tokens on every tile, and nothing else."""
     tiles, _, rows, columns = seen.colour.shape
     if rows == 1:
         if tiles % n_tokens:
@@ -196,25 +205,26 @@ def raster_tiles(seen: Seen, n_tokens: int) -> Groups | None:
 
 def headed(seen: Seen, n_tokens: int) -> Groups | None:
     """Every tile's tokens begin with some that see all of it (class token, registers, a mean), then an equal grid."""
-    tiles = len(seen.colour)
-    if n_tokens % tiles:
+    each = n_tokens // len(seen.colour)
+    found = (_behind_heads(seen, n_tokens, heads) for heads in range(each))
+    return next((groups for groups in found if groups is not None), None)
+
+
+def _behind_heads(seen: Seen, n_tokens: int, heads: int) -> Groups | None:
+    """On every tile `heads` tokens that see all of it, then an equal grid whose cells are as square as patches are."""
+    tiles, _, rows, columns = seen.colour.shape
+    per_tile = n_tokens // tiles - heads
+    if n_tokens % tiles or per_tile < 1 or rows == 1:
         return None
-    each = n_tokens // tiles
-    rows, columns = seen.colour.shape[2:]
-    for heads in range(each):
-        cells = grid(seen, (each - heads) * tiles)
-        if cells is None:
-            continue
-        down = round(math.sqrt((each - heads) * rows / columns))
-        if abs(rows / down * ((each - heads) // down) / columns - 1) > 0.2:  # cells are as square as patches are
-            continue
-        per_tile = each - heads
-        return [
-            group
-            for place, tile in enumerate(seen.colour)
-            for group in [tile.reshape(3, -1)] * heads + cells[place * per_tile : (place + 1) * per_tile]
-        ]
-    return None
+    cells = _even_grid(seen, per_tile * tiles)
+    down = round(math.sqrt(per_tile * rows / columns))
+    if cells is None or abs(rows / down * (per_tile // down) / columns - 1) > 0.2:
+        return None
+    return [
+        group
+        for place, tile in enumerate(seen.colour)
+        for group in [tile.reshape(3, -1)] * heads + cells[place * per_tile : (place + 1) * per_tile]
+    ]
 
 
 def headed_centred(seen: Seen, n_tokens: int) -> Groups | None:

@@ -305,19 +305,24 @@ def vision_encoder_decoder(folder: Path, *, seed: int = 0) -> Path:
     return _save(VisionEncoderDecoderModel, config, processor, folder, seed, True)
 
 
-def idefics(folder: Path, *, seed: int = 0) -> Path:
+def idefics_patches(folder: Path, *, seed: int = 0) -> Path:
+    """IDEFICS without its perceiver: the tower's patches themselves."""
+    return idefics(folder, seed=seed, resampler=False)
+
+
+def idefics(folder: Path, *, seed: int = 0, resampler: bool = True) -> Path:
     """IDEFICS: a perceiver's latents, of the vision tower's width, read through gated cross-attention layers."""
     from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsImageProcessor, IdeficsProcessor
 
     tokenizer = _llama_like(640, ("<fake_token_around_image>", "<image>", "<end_of_utterance>"))
     config = IdeficsConfig(
         vocab_size=len(tokenizer), hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        cross_layer_interval=1, use_resampler=True, alpha_initializer="ones", initializer_range=INIT,
+        cross_layer_interval=1, use_resampler=resampler, alpha_initializer="ones", initializer_range=INIT,
         freeze_text_layers=False, freeze_vision_layers=False, max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         vision_config={"embed_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                        "image_size": 56, "patch_size": 14, "initializer_range": INIT},
-        perceiver_config={"use_resampler": True, "resampler_n_latents": 8, "resampler_depth": 1,
+        perceiver_config={"use_resampler": resampler, "resampler_n_latents": 8, "resampler_depth": 1,
                           "resampler_n_heads": 4, "resampler_head_dim": 8},
     )  # fmt: skip
     processor = IdeficsProcessor(IdeficsImageProcessor(image_size=56, **INK), tokenizer)
@@ -415,10 +420,82 @@ def t5gemma2(folder: Path, *, seed: int = 0) -> Path:
     return _save(_awake(T5Gemma2ForConditionalGeneration), config, processor, folder, seed, True)
 
 
+def vision_encoder_decoder_swin(folder: Path, *, seed: int = 0) -> Path:
+    """Donut's kind: a Swin tower of the decoder's width, questions behind the decoder's begin mark."""
+    from transformers import (
+        DonutImageProcessor,
+        DonutProcessor,
+        DonutSwinConfig,
+        MBartConfig,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+    )
+
+    tokenizer = _bart_like()
+    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+             "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.bos_token_id}  # fmt: skip
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        DonutSwinConfig(image_size=[48, 64], patch_size=4, embed_dim=20, depths=[1, 1], num_heads=[2, 4], window_size=4,
+                        initializer_range=INIT, drop_path_rate=0.0),
+        MBartConfig(vocab_size=len(tokenizer), d_model=40, decoder_layers=2, decoder_attention_heads=4,
+                    decoder_ffn_dim=64, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=64,
+                    max_position_embeddings=512, dropout=0.0, init_std=INIT, is_decoder=True, add_cross_attention=True,
+                    is_encoder_decoder=False, **marks),
+        **marks,
+    )  # fmt: skip
+    processor = DonutProcessor(
+        DonutImageProcessor(size={"height": 48, "width": 64}, do_thumbnail=True, do_align_long_axis=False, **INK),
+        tokenizer,
+    )
+    return _save(VisionEncoderDecoderModel, config, processor, folder, seed, True)
+
+
+def _persimmon_like() -> PreTrainedTokenizerFast:
+    """Sentence pieces that put their underscore before every text, placeholders included, as Fuyu's processor expects.
+
+    Placeholders are ordinary pieces, hence chosen by score.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    from tests.tiny import CORPUS
+
+    marks = ["<s>", "</s>", "|SPEAKER|", "|NEWLINE|", "<0x04>"]
+    words = sorted({"▁" + word for line in CORPUS for word in line.split()})
+    characters = sorted(
+        {character for line in CORPUS for character in line} | {"▁", "\n"} | set("abcdefghijklmnopqrstuvwxyz")
+    )
+    pieces = [("<unk>", -20.0), *((mark, 0.0) for mark in marks), *((word, -5.0) for word in words)]
+    pieces += [(character, -10.0) for character in characters if character != " "]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", padding_side="right")
+
+
+def fuyu(folder: Path, *, seed: int = 0) -> Path:
+    """Fuyu: patches enter the language model as they are; its processor writes them before the question."""
+    from transformers import FuyuConfig, FuyuForCausalLM, FuyuImageProcessor, FuyuProcessor
+
+    tokenizer = _persimmon_like()
+    ids = tokenizer.convert_tokens_to_ids
+    config = FuyuConfig(
+        text_config={"model_type": "persimmon", "vocab_size": len(tokenizer), "hidden_size": 48,
+                     "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "max_position_embeddings": 512, "initializer_range": INIT, "bos_token_id": ids("<s>"),
+                     "eos_token_id": ids("</s>")},
+        patch_size=14, image_size=56, image_token_id=ids("|SPEAKER|"), initializer_range=INIT,
+    )  # fmt: skip
+    processor = FuyuProcessor(
+        FuyuImageProcessor(size={"height": 56, "width": 84}, patch_size={"height": 14, "width": 14}, **INK), tokenizer
+    )
+    return _save(FuyuForCausalLM, config, processor, folder, seed, True)
+
+
 BUILDERS = {
     "blip": blip,
     "blip-2": blip2,
     "florence2": florence2,
+    "fuyu": fuyu,
     "git": git,
     "idefics": idefics,
     "instructblip": instructblip,
@@ -428,4 +505,9 @@ BUILDERS = {
     "pix2struct": pix2struct,
     "t5gemma2": t5gemma2,
     "vision-encoder-decoder": vision_encoder_decoder,
+}
+VARIANTS = {
+    "blip-2 on T5": blip2_t5,
+    "idefics, no perceiver": idefics_patches,
+    "vision-encoder-decoder, Swin": vision_encoder_decoder_swin,
 }

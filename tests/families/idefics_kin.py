@@ -93,3 +93,4 @@ def smolvlm(folder: Path, *, seed: int = 0) -> Path:
 
 
 BUILDERS = {"idefics2": idefics2, "idefics3": tiny.idefics3, "smolvlm": smolvlm}
+VARIANTS = {"idefics2, cut in four": idefics2_tiles, "idefics3, tiles": idefics3_tiles}

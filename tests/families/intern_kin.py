@@ -52,3 +52,4 @@ def internvl_whole(folder: Path, *, seed: int = 0) -> Path:
 
 
 BUILDERS = {"internvl": internvl}
+VARIANTS = {"internvl, one tile": internvl_whole}

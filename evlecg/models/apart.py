@@ -490,9 +490,10 @@ COUNTS = {"patches": _patches, "latents": _latents, "flattened": _flattened}
 def output_head(loaded: Loaded) -> Any:
     """The module that turns hidden states into logits."""
     row = apart_of(loaded.checkpoint.config)
-    return (
-        loaded.model.get_submodule(row.head) if row is not None and row.head else loaded.model.get_output_embeddings()
-    )
+    if row is not None and row.head:
+        return loaded.model.get_submodule(row.head)
+    head = loaded.model.get_output_embeddings()
+    return loaded.model.language_model.get_output_embeddings() if head is None else head  # Nemotron: the decoder's own
 
 
 def forward(loaded: Loaded, side: Side, *, visual_layer: int, model: Any) -> Outputs:

@@ -98,6 +98,7 @@ FAMILIES: dict[str, Family] = {
     "molmo2": Family(layout="pooled"),
     "muse_glimmer": Family(layout="raster", logits="muse"),
     "muse_spark": Family(layout="raster", logits="muse"),
+    "nemotron_h_omni": Family(layout="raster"),
     "paddleocr_vl": Family(layout="raster"),
     "paligemma": Family(answer_type=1, logits="softcap"),
     "pi0": Family(refused="writes robot actions, not text"),

@@ -338,7 +338,13 @@ def packing_difference(loaded: Loaded, encoder: Encoder, page: Page, turns: list
     finally:
         loaded.model.train(was_training)
     together, alone = results
-    return float((together - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
+    return float((together - alone).abs().max() / _largest(alone))
+
+
+def _largest(logits_AV: Tensor) -> Tensor:
+    """The largest logit in size, but for those that a model rules out by the least number there is."""
+    allowed = logits_AV > torch.finfo(logits_AV.dtype).min / 2
+    return logits_AV[allowed].abs().max().clamp_min(1e-6)
 
 
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -377,7 +383,7 @@ def image_matters(loaded: Loaded, side: Side) -> float:
     }
     without = forward(loaded, dataclasses.replace(side, inputs=blank))
     logits, ablated = outputs.answer_logits_AV.float(), without.answer_logits_AV.float()
-    return float((logits - ablated).abs().max() / logits.abs().max().clamp_min(1e-6))
+    return float((logits - ablated).abs().max() / _largest(logits))
 
 
 def _blank(pixels: Tensor) -> Tensor:

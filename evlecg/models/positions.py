@@ -174,7 +174,8 @@ def blocks(seen: Seen, n_tokens: int) -> Groups | None:
 
 def raster(seen: Seen, n_tokens: int) -> Groups | None:
     """Patches in reading order, merged in square blocks inside the model."""
-    down, across = (int(side) for side in seen.inputs["image_grid_thw"][0][-2:])
+    key = "image_grid_thw" if "image_grid_thw" in seen.inputs else "image_grid_hw"
+    down, across = (int(side) for side in seen.inputs[key][0][-2:])
     lines = _merged(seen.colour, down, across, n_tokens)
     return None if lines is None else [token for line in lines for token in line]
 

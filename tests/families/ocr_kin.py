@@ -145,6 +145,7 @@ def nemotron_h_omni(folder: Path, *, seed: int = 0) -> Path:
         NemotronH_Omni_Reasoning_V3ImageProcessor,
         NemotronH_Omni_Reasoning_V3Processor,
         NemotronH_Omni_Reasoning_V3VideoProcessor,
+        ParakeetFeatureExtractor,
     )
 
     special = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "<image>", "<video>", "<so_embedding>", "<so_start>",
@@ -172,6 +173,7 @@ def nemotron_h_omni(folder: Path, *, seed: int = 0) -> Path:
         image_processor=NemotronH_Omni_Reasoning_V3ImageProcessor(
             patch_size=16, min_num_patches=16, max_num_patches=64, **PAPER
         ),
+        feature_extractor=ParakeetFeatureExtractor(),
         video_processor=NemotronH_Omni_Reasoning_V3VideoProcessor(),
         tokenizer=tokenizer,
         chat_template=chat_template(
@@ -190,7 +192,7 @@ def chameleon(folder: Path, *, seed: int = 0) -> Path:
         ChameleonProcessor,
     )
 
-    codes = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(64)]
+    codes = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(16)]
     special = ["<s>", "<pad>", "</s>", "<racm3:break>", "<eoss>", "<image>", "<reserved08706>", *codes]
     tokenizer = byte_level_tokenizer(
         660, special, bos_token="<s>", eos_token="</s>", pad_token="<pad>", sep_token="<reserved08706>",
@@ -200,8 +202,8 @@ def chameleon(folder: Path, *, seed: int = 0) -> Path:
     del text["head_dim"]
     config = ChameleonConfig(
         vq_config={
-            "embed_dim": 8, "num_embeddings": 64, "latent_channels": 32, "resolution": 64, "base_channels": 32,
-            "channel_multiplier": [1, 1, 1], "num_res_blocks": 1,
+            "embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "resolution": 64, "base_channels": 32,
+            "channel_multiplier": [1, 1, 1], "num_res_blocks": 1, "attn_type": "none",
         },
         vocabulary_map={word: place for word, place in tokenizer.get_vocab().items() if word in special},
         **text,
@@ -220,7 +222,7 @@ def emu3(folder: Path, *, seed: int = 0) -> Path:
     """Emu 3: a page of any shape in codes of a quantiser, an end-of-line word behind every line of them."""
     from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3ImageProcessor, Emu3Processor
 
-    codes = [f"<|visual token {code:06d}|>" for code in range(64)]
+    codes = [f"<|visual token {code:06d}|>" for code in range(32)]
     named = {
         "image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>",
         "image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>",
@@ -232,14 +234,15 @@ def emu3(folder: Path, *, seed: int = 0) -> Path:
     )  # fmt: skip
     config = Emu3Config(
         vq_config={
-            "codebook_size": 64, "embed_dim": 4, "latent_channels": 4, "base_channels": 32,
-            "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "hidden_size": 32, "attn_resolutions": [],
+            "codebook_size": 32, "embed_dim": 4, "latent_channels": 4, "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "hidden_size": 32,
+            "attn_resolutions": [],
         },
         text_config=text_sizes(tokenizer, attention_dropout=0.0),
         vocabulary_map={word: place for word, place in tokenizer.get_vocab().items() if word in special},
     )  # fmt: skip
     processor = Emu3Processor(
-        image_processor=Emu3ImageProcessor(min_pixels=64 * 64, max_pixels=96 * 96, **PAPER),
+        image_processor=Emu3ImageProcessor(min_pixels=96 * 96, max_pixels=160 * 160, **PAPER),
         tokenizer=tokenizer,
         chat_template=chat_template(
             start="<|extra_203|>", user="User: ", image="<image>", assistant=" Assistant:", end="<|extra_204|>"

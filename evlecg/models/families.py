@@ -100,7 +100,7 @@ FAMILIES: dict[str, Family] = {
     "shieldgemma2": Family(refused="judges images by policies of its processor's: it cannot be asked a question"),
     "t5gemma2": Family(logits="softcap"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
-    "udop": Family(refused="reads the words that a text recogniser finds on the page, at their places: a trace has none"),
+    "udop": Family(refused="reads recognised words at their places on the page: a trace has none"),
     "vision-encoder-decoder": Family(layout="headed"),
 }  # fmt: skip
 

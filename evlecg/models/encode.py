@@ -345,7 +345,8 @@ def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> 
         return int(_entry(crop, "width") or crop), int(_entry(crop, "height") or crop)
     limits = _tile_limits(image_processor, defaults)
     if "height" in size and "width" in size and limits is not None:
-        return _tiled_size(int(size["width"]), int(size["height"]), *limits)
+        tile = _tile_px(image_processor)
+        return _tiled_size(tile or int(size["width"]), tile or int(size["height"]), *limits)
     if "height" in size and "width" in size:
         return int(size["width"]), int(size["height"])
     largest = _entry(getattr(image_processor, "max_image_size", None), "longest_edge")
@@ -356,7 +357,7 @@ def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> 
     most_patches = getattr(image_processor, "max_patches", None)
     if most_patches is not None:  # Pix2Struct: as many patches as it may have
         patch = image_processor.patch_size
-        patch_px2 = patch**2 if isinstance(patch, int) else _entry(patch, "height") * _entry(patch, "width")
+        patch_px2 = patch**2 if isinstance(patch, int) else int(_entry(patch, "height") or 1) ** 2
         scale = min(1.0, math.sqrt(most_patches * patch_px2 / (width * height)))
     elif longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
         scale = min(1.0, math.sqrt(longest / (width * height)))
@@ -384,9 +385,16 @@ def _tile_limits(image_processor: Any, defaults: Mapping[str, Any]) -> tuple[int
         return image_processor.min_tiles, image_processor.max_tiles
     if getattr(image_processor, "vision_input_type", "") == "thumb+tile":  # Perception LM
         return 1, image_processor.max_num_tiles
-    if hasattr(image_processor, "resize_to_max_canvas"):  # Llama 4
-        return 1, image_processor.max_patches
+    if hasattr(image_processor, "downsampler_stride"):  # Step 3.7
+        return 1, (image_processor.max_image_size // image_processor.patch_size) ** 2
     return None
+
+
+def _tile_px(image_processor: Any) -> int | None:
+    """Side of the tiles where it is not the size of the page as a whole."""
+    if hasattr(image_processor, "downsampler_stride"):
+        return int(image_processor.patch_size)
+    return getattr(image_processor, "tile_size", None)
 
 
 def _tiled_size(tile_width: int, tile_height: int, least: int, most: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class Family:
             all tokens of type 0 from everywhere); None where the processor's ids are right for answers.
         scale: a page is so many times as wide and high as the processor's size, which is that of a tile.
         logits: what the model does to its head's output; a key of `outputs.LOGITS`.
+        codes: the page enters in codes of a quantiser, through which no gradient reaches what reads the page.
         two_way: tokens of one image see one another whatever their order.
     """
 
@@ -44,6 +45,7 @@ class Family:
     answer_type: int | None = None
     logits: str = "plain"
     two_way: bool = False
+    codes: bool = False
     scale: tuple[int, int] = (1, 1)
 
 
@@ -53,10 +55,12 @@ FAMILIES: dict[str, Family] = {
     "aria": Family(layout="whole"),
     "blip": Family(layout="headed"),
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
-    "chameleon": Family(processor={"return_for_text_completion": True}),
+    "chameleon": Family(processor={"return_for_text_completion": True}, logits="wordless", codes=True),
     "cohere_compass": Family(logits="scale"),
     "cosmos3_edge": Family(processor={"return_mm_token_type_ids": True}),
+    "deepseek_ocr2": Family(layout="local_whole"),
     "diffusion_gemma": Family(refused="writes by block diffusion: there is no next-token answer"),
+    "emu3": Family(layout="lines", codes=True),
     "evolla": Family(refused="reads proteins, not images"),
     "florence2": Family(layout="headed_centred"),
     "fuyu": Family(processor={"return_legacy_image_output": False}),
@@ -81,6 +85,7 @@ FAMILIES: dict[str, Family] = {
     "kosmos-2": Family(layout="whole"),
     "kosmos-2.5": Family(layout="whole"),
     "lfm2_vl": Family(layout="raster_tiles"),
+    "llama4": Family(refused="cannot run in transformers 5.24: its forward reads image outputs that are not there"),
     "llava_next": Family(layout="anyres"),
     "llava_next_video": Family(layout="anyres"),
     "llava_onevision": Family(layout="anyres"),
@@ -98,7 +103,9 @@ FAMILIES: dict[str, Family] = {
     "pi0": Family(refused="writes robot actions, not text"),
     "pp_formulanet": Family(refused="reads formulas without any prompt: it cannot be asked a question"),
     "shieldgemma2": Family(refused="judges images by policies of its processor's: it cannot be asked a question"),
+    "step3p7": Family(layout="local_grids"),
     "t5gemma2": Family(logits="softcap"),
+    "unlimited_ocr": Family(layout="local_lines"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
     "udop": Family(refused="reads recognised words at their places on the page: a trace has none"),
     "vision-encoder-decoder": Family(layout="headed"),

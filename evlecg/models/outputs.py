@@ -127,6 +127,12 @@ def _unpadded(logits_AV: Tensor, text: Any) -> Tensor:
     return logits_AV if size is None else logits_AV[..., :size]
 
 
+def _wordless(logits_AV: Tensor, text: Any) -> Tensor:
+    """Chameleon's logits, in which no answer can be a code of an image."""
+    codes = [place for name, place in text.vocabulary_map.items() if name.startswith("IMGIMG")]
+    return logits_AV.index_fill(-1, torch.tensor(codes, device=logits_AV.device), torch.finfo(logits_AV.dtype).min)
+
+
 # what models do to their head's output, given the text config
 LOGITS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "inkling": lambda logits_AV, text: _unpadded(logits_AV / text.logits_mup_width_multiplier, text),
@@ -135,6 +141,7 @@ LOGITS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "divided": lambda logits_AV, text: logits_AV / text.logits_scaling,
     "scale": lambda logits_AV, text: logits_AV * (1.0 if text.logit_scale is None else text.logit_scale),
     "softcap": _softcap,
+    "wordless": _wordless,
 }
 
 

@@ -34,12 +34,14 @@ class Seen:
         size_px: width, height of the page.
         config: the model's config.
         inputs: everything else that the processor returned for that page.
+        local: as `colour`, tiles beside the whole page where the processor returns them apart from it.
     """
 
     colour: np.ndarray
     size_px: tuple[int, int]
     config: Any
     inputs: dict[str, Any]
+    local: np.ndarray | None = None
 
 
 def measure_boxes(
@@ -69,15 +71,18 @@ def measure_boxes(
     ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
     black = np.zeros_like(ramp)
     inputs = process(ramp)  # one page a call: some processors pad the pages of a batch to one another
-    places = _channel_places(lambda page: process(page)["pixel_values"], black)
-    seen, dark, light = (
-        _tiles(pixels, places)
-        for pixels in (inputs["pixel_values"], *(process(page)["pixel_values"] for page in (black, ~black)))
-    )
-    low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
-    colour = (seen - low) / (high - low)  # 0..1: undoes any normalisation
-    colour[:, 2] = ((light - dark) / (high - low))[:, 2]  # padding may be as light as paper, but no page darkens it
-    groups = LAYOUTS[layout](Seen(colour, size_px, config, inputs), n_tokens)
+    on_black, on_white = process(black), process(~black)
+
+    def colour_of(key: str) -> np.ndarray:
+        places = _channel_places(lambda page: process(page)[key], black)
+        seen, dark, light = (_tiles(each[key], places) for each in (inputs, on_black, on_white))
+        low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
+        colour = (seen - low) / (high - low)  # 0..1: undoes any normalisation
+        colour[:, 2] = ((light - dark) / (high - low))[:, 2]  # padding may be as light as paper; no page darkens it
+        return colour
+
+    local = colour_of("pixel_values_local") if "pixel_values_local" in inputs else None
+    groups = LAYOUTS[layout](Seen(colour_of("pixel_values"), size_px, config, inputs, local), n_tokens)
     if groups is None or len(groups) != n_tokens:
         return None
     return np.stack([_box(group) for group in groups])
@@ -244,6 +249,48 @@ def headed_centred(seen: Seen, n_tokens: int) -> Groups | None:
     ]
 
 
+def lines(seen: Seen, n_tokens: int) -> Groups | None:
+    """One picture, an equal grid with a newline token behind every line."""
+    if len(seen.colour) != 1:
+        return None
+    rows, columns = seen.colour.shape[2:]
+    fits = [(down, n_tokens // down - 1) for down in range(1, n_tokens) if n_tokens % down == 0 and n_tokens > down]
+    down, across = min(fits, key=lambda fit: abs(math.log(fit[0] * columns / (fit[1] * rows))))
+    return _lined(seen.colour[0], down, across)
+
+
+def local_grids(seen: Seen, n_tokens: int) -> Groups | None:
+    """Step 3.7: an equal grid to every tile, then to the whole page; a token is as many pixels wide in both."""
+    pictures = [*(seen.local if seen.local is not None else ()), seen.colour[0]]
+    sides = [round(picture.shape[1] / _token_px(pictures, n_tokens)) for picture in pictures]
+    return [group for picture, side in zip(pictures, sides, strict=True) for group in _cut(picture, side, side)]
+
+
+def local_whole(seen: Seen, n_tokens: int) -> Groups | None:
+    """DeepSeek-OCR 2: queries to every tile, then to the whole page, without a place of their own; then a separator."""
+    pictures = [*(seen.local if seen.local is not None else ()), seen.colour[0]]
+    sides = [round(picture.shape[1] / _token_px(pictures, n_tokens - 1)) for picture in pictures]
+    groups = [picture.reshape(3, -1) for picture, side in zip(pictures, sides, strict=True) for _ in range(side**2)]
+    return [*groups, _NOWHERE]
+
+
+def local_lines(seen: Seen, n_tokens: int) -> Groups | None:
+    """Unlimited-OCR: the tiles put together, a newline token behind every line; the whole page so; then a separator."""
+    page_px, whole = seen.colour.shape[-1], seen.colour[0]
+    if seen.local is None:
+        side = math.isqrt(n_tokens)
+        return [*_lined(whole, side, side), _NOWHERE] if side * (side + 1) + 1 == n_tokens else None
+    tile_px = seen.local.shape[-1]
+    across, down = (int(side) for side in seen.inputs["patches_grid"][0])
+    joined = seen.local.reshape(down, across, 3, tile_px, tile_px).transpose(2, 0, 3, 1, 4)
+    joined = joined.reshape(3, down * tile_px, across * tile_px)
+    for token_px in range(1, tile_px + 1):
+        each, side = math.ceil(tile_px / token_px), math.ceil(page_px / token_px)
+        if down * each * (across * each + 1) + side * (side + 1) + 1 == n_tokens:
+            return [*_lined(joined, down * each, across * each), *_lined(whole, side, side), _NOWHERE]
+    return None
+
+
 def strips(seen: Seen, n_tokens: int) -> Groups | None:
     """MiniCPM-V: patches in reading order side by side in one long strip, the whole page first, then its slices."""
     side = seen.colour.shape[2]
@@ -278,6 +325,10 @@ LAYOUTS: dict[str, Callable[[Seen, int], Groups | None]] = {
     "raster": raster,
     "raster_lines": raster_lines,
     "raster_tiles": raster_tiles,
+    "lines": lines,
+    "local_grids": local_grids,
+    "local_lines": local_lines,
+    "local_whole": local_whole,
     "pooled": pooled,
     "strips": strips,
     "headed": headed,
@@ -301,6 +352,17 @@ def _merged(patches: np.ndarray, down: int, across: int, n_tokens: int) -> list[
         ]
         for row in range(0, down, merge)
     ]
+
+
+def _lined(picture: np.ndarray, down: int, across: int) -> Groups:
+    """`_cut` with a newline token behind every line."""
+    tokens = _cut(picture, down, across)
+    return [token for row in range(down) for token in [*tokens[row * across : (row + 1) * across], _NOWHERE]]
+
+
+def _token_px(pictures: list[np.ndarray], n_tokens: int) -> float:
+    """Side of a token's square of pixels, where all pictures share it."""
+    return math.sqrt(sum(picture.shape[1] * picture.shape[2] for picture in pictures) / n_tokens)
 
 
 def _merged_tiles(tiles: list[np.ndarray], shapes: list[tuple[int, int]], n_tokens: int) -> Groups | None:

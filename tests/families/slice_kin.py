@@ -1,4 +1,4 @@
-"""Families that slice a page in ways of their own: MiniCPM-V, Llama 4, Aria, Molmo 2, Granite for Docling, Kimi."""
+"""Families that slice a page in ways of their own: MiniCPM-V, Aria, Molmo 2, Granite for Docling, Kimi."""
 
 from __future__ import annotations
 
@@ -116,38 +116,6 @@ def minicpm_ocr(folder: Path, *, seed: int = 0) -> Path:
     config = _minicpm_config(tokenizer)
     del config["image_size"]
     return _save(MiniCPMOcrForConditionalGeneration, MiniCPMOcrConfig(**config), processor, folder, seed, True)
-
-
-def llama4(folder: Path, *, seed: int = 0) -> Path:
-    """Llama 4: tiles with separators between them, the whole page last; experts, chunked attention."""
-    from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4ImageProcessor, Llama4Processor
-
-    special = ["<|begin_of_text|>", "<|eot|>", "<|finetune_right_pad|>", "<|header_start|>", "<|header_end|>",
-               "<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>",
-               "<|tile_y_separator|>"]  # fmt: skip
-    tokenizer = byte_level_tokenizer(
-        600, special, bos_token="<|begin_of_text|>", eos_token="<|eot|>", pad_token="<|finetune_right_pad|>"
-    )
-    ids = tokenizer.convert_tokens_to_ids
-    config = Llama4Config(
-        vision_config={
-            **tower_sizes(), "hidden_size": 32, "intermediate_size": 128, "vision_output_dim": 48,
-            "projector_input_dim": 48, "projector_output_dim": 48, "pixel_shuffle_ratio": 0.5,
-        },
-        text_config=text_sizes(
-            tokenizer, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=512,
-        ),
-        boi_token_index=ids("<|image_start|>"),
-        eoi_token_index=ids("<|image_end|>"),
-        image_token_index=ids("<|patch|>"),
-    )  # fmt: skip
-    processor = Llama4Processor(
-        image_processor=Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4, **PAPER),
-        tokenizer=tokenizer,
-        patch_size=14,
-        pixel_shuffle_ratio=0.5,
-    )
-    return _save(Llama4ForConditionalGeneration, config, processor, folder, seed, True)
 
 
 def aria(folder: Path, *, seed: int = 0) -> Path:
@@ -337,7 +305,6 @@ BUILDERS: dict[str, Callable[..., Path]] = {
     "granite_docling": granite_docling,
     "kimi_k25": kimi_k25,
     "lfm3_vl": lfm3_vl,
-    "llama4": llama4,
     "minicpm_ocr": minicpm_ocr,
     "minicpmv4_6": minicpmv4_6,
     "minicpmv4_7": minicpmv4_7,

@@ -258,7 +258,7 @@ def _written(encoder: Encoder, prompt: str, full: str, turn: Turn) -> _Text:
     answer_start = text.index(turn.answer, start) if turn.answer else len(text)
     answer_stop = answer_start + len(turn.answer)
     answer = [int(end > start) for end in ends]
-    byte_end = [len(text[answer_start : min(end, answer_stop)].encode()) if end > answer_start else 0 for end in ends]
+    byte_end = [len(text[answer_start : min(end, answer_stop)].encode()) for end in ends]
     if turn.ends and not (row.form == ROW and getattr(encoder.processor, "chat_template", None)):
         ids, answer, byte_end = [*ids, _end_id(encoder)], [*answer, 1], [*byte_end, len(turn.answer.encode())]
     return _Text(ids, answer, byte_end)

@@ -53,6 +53,7 @@ GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
     "aria": Family(layout="whole"),
+    "apertus1p5": Family(codes=True),
     "blip": Family(layout="headed"),
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "chameleon": Family(processor={"return_for_text_completion": True}, logits="wordless", codes=True),

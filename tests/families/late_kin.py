@@ -483,7 +483,7 @@ def apertus1p5(folder: Path, *, seed: int = 0) -> Path:
     tokenizer, template = _tokens("<|image|>", *list(named.values())[1:], extra_special_tokens=named)
     ids, codes = tokenizer.convert_tokens_to_ids, 64
     config = Apertus1p5Config(
-        vision_config={"attn_resolutions": [], "base_channels": 32, "channel_multiplier": [1, 1, 1, 1, 1],
+        vision_config={"attn_resolutions": [], "base_channels": 32, "channel_multiplier": [1, 1, 1],
                        "codebook_size": codes, "embed_dim": 8, "latent_channels": 8, "num_res_blocks": 1,
                        "resolution": 64},
         audio_config={"codebook_dim": 8, "codebook_size": 8, "hidden_size": 8, "num_filters": 2, "num_lstm_layers": 1,
@@ -493,7 +493,7 @@ def apertus1p5(folder: Path, *, seed: int = 0) -> Path:
         audio_token_offset=len(tokenizer) + codes,
     )  # fmt: skip
     processor = Apertus1p5Processor(
-        Apertus1p5ImageProcessor(size={"min_pixels": 64 * 64, "max_pixels": 128 * 128}),
+        Apertus1p5ImageProcessor(size={"min_pixels": 32 * 32, "max_pixels": 64 * 64}, spatial_factor=4),
         WavTokenizerFeatureExtractor(), tokenizer, chat_template=template,
     )  # fmt: skip
     return _save(Apertus1p5ForConditionalGeneration, config, processor, folder, seed, True)

@@ -175,7 +175,7 @@ def test_query_tokens_read_the_question_and_never_the_answer(built):
 
 def test_tiles_that_hold_no_page_are_dropped(built):
     """A page of one tile leaves three of Llama 3.2's four places empty."""
-    loaded, encoder = built("mllama")
+    loaded, _ = built("mllama")
     narrow = Encoder(loaded.checkpoint, loaded.processor, size_px=(56, 56))
     side = narrow.encode([noise(narrow)], [TURNS[:1]])
     assert side.visual_box_BN4.shape[1] == 17

@@ -2,8 +2,8 @@
 
 Three forms. In the first a processor writes the row as it likes (an image in front of the text, marked by a mask and
 not by a placeholder; or outside of it, read through cross-attention), and the answer is appended to what it wrote. In
-the second the processor writes an encoder's text, and a decoder of its own writes the answer. In the third only pages go
-through the processor, and the text (question and answer) is the decoder's alone.
+the second the processor writes an encoder's text, and a decoder of its own writes the answer. In the third only pages
+go through the processor, and the text (question and answer) is the decoder's alone.
 
 Positions are laid out as if every family had one sequence: what the answer is read from comes first (visual tokens, or
 the encoder's text with the visual tokens where they stand in it), then the text that the answer is written in. Where a
@@ -100,8 +100,10 @@ APART: dict[str, Apart] = {
     "kosmos-2.5": Apart(
         ROW, "<md>{earlier}{question}", marks="image_embeds_position_mask", flattened=True
     ),
-    "mllama": Apart(ROW, "<|image|>{earlier}{question}\n", "", ("model.multi_modal_projector",), real="aspect_ratio_mask",
-                    count="patches"),
+    "mllama": Apart(
+        ROW, "<|image|>{earlier}{question}\n", "", ("model.multi_modal_projector",), real="aspect_ratio_mask",
+        count="patches",
+    ),
     "pix2struct": Apart(
         DECODER, "{earlier}{question}", "", ("encoder",), real="attention_mask", count="flattened",
         flattened=True,
@@ -256,7 +258,7 @@ def _written(encoder: Encoder, prompt: str, full: str, turn: Turn) -> _Text:
     answer_start = text.index(turn.answer, start) if turn.answer else len(text)
     answer_stop = answer_start + len(turn.answer)
     answer = [int(end > start) for end in ends]
-    byte_end = [len(text[answer_start : min(end, answer_stop)].encode()) if end > answer_start else 0 for end in ends]
+    byte_end = [len(text[answer_start : min(end, answer_stop)].encode()) for end in ends]
     if turn.ends and not (row.form == ROW and getattr(encoder.processor, "chat_template", None)):
         ids, answer, byte_end = [*ids, _end_id(encoder)], [*answer, 1], [*byte_end, len(turn.answer.encode())]
     return _Text(ids, answer, byte_end)

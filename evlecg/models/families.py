@@ -53,6 +53,7 @@ GENERIC = Family()
 
 FAMILIES: dict[str, Family] = {
     "aria": Family(layout="whole"),
+    "apertus1p5": Family(codes=True),
     "blip": Family(layout="headed"),
     "blip-2": Family(image_token_id="image_token_index", layout="whole"),
     "chameleon": Family(processor={"return_for_text_completion": True}, logits="wordless", codes=True),
@@ -108,6 +109,7 @@ FAMILIES: dict[str, Family] = {
     "t5gemma2": Family(logits="softcap"),
     "unlimited_ocr": Family(layout="local_lines"),
     "video_llava": Family(processor={"return_legacy_image_output": False}),
+    "udop": Family(refused="reads recognised words at their places on the page: a trace has none"),
     "vision-encoder-decoder": Family(layout="headed"),
 }  # fmt: skip
 

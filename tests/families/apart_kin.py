@@ -99,7 +99,8 @@ def mllama(folder: Path, *, seed: int = 0) -> Path:
         text_config={
             "vocab_size": n_answers, "hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1],
-            "max_position_embeddings": 512, "initializer_range": INIT, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "max_position_embeddings": 512, "initializer_range": INIT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "bos_token_id": ids("<|begin_of_text|>"), "eos_token_id": ids("<|eot_id|>"),
             "pad_token_id": ids("<|finetune_right_pad_id|>"),
         },
@@ -233,7 +234,8 @@ def pix2struct(folder: Path, *, seed: int = 0) -> Path:
     config = Pix2StructConfig(
         text_config={"vocab_size": len(tokenizer), "hidden_size": 40, "d_kv": 10, "d_ff": 64, "num_layers": 2,
                      "num_heads": 4, "dropout_rate": 0.0, **marks},
-        vision_config={"hidden_size": 40, "patch_embed_hidden_size": 192, "d_ff": 64, "d_kv": 10, "num_hidden_layers": 2,
+        vision_config={"hidden_size": 40, "patch_embed_hidden_size": 192, "d_ff": 64, "d_kv": 10,
+                       "num_hidden_layers": 2,
                        "num_attention_heads": 4, "dropout_rate": 0.0, "attention_dropout": 0.0, "seq_len": 64,
                        "patch_size": 8},
         is_vqa=False, **marks,

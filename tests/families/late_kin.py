@@ -89,7 +89,7 @@ def cosmos3_edge(folder: Path, *, seed: int = 0) -> Path:
     config = Cosmos3EdgeConfig(
         vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                        "num_patches": 64, "patch_size": 16, "spatial_merge_size": 2},
-        text_config=text_sizes(tokenizer, 32) | {"rope_parameters": {**ROPE_3, "mrope_section": [2, 1, 1]}, "head_dim": 8},
+        text_config=text_sizes(tokenizer, 32) | {"rope_parameters": ROPE_3, "head_dim": 8},
         projector_hidden_size=64, **_ids(tokenizer),
     )  # fmt: skip
     processor = Cosmos3EdgeProcessor(
@@ -252,7 +252,8 @@ def hyperclovax_vision_v2(folder: Path, *, seed: int = 0) -> Path:
     tokenizer = _tokenizer()
     ids = _ids(tokenizer)
     config = HyperCLOVAXVisionV2Config(
-        vision_config={"model_type": "qwen2_5_vl_vision", **_tower(32, 32, patch=14, window_size=56, fullatt_block_indexes=[1])},
+        vision_config={"model_type": "qwen2_5_vl_vision",
+                       **_tower(32, 32, patch=14, window_size=56, fullatt_block_indexes=[1])},
         text_config={"model_type": "hyperclovax", **text_sizes(tokenizer, 32), "head_dim": 8},
         image_token_id=ids["image_token_id"], video_token_id=ids["video_token_id"],
     )  # fmt: skip
@@ -423,8 +424,8 @@ def inkling(folder: Path, *, seed: int = 0) -> Path:
                        "text_hidden_size": 32, "initializer_range": INIT},
         audio_config={"n_mel_bins": 8, "mel_vocab_size": 16, "text_hidden_size": 32},
         text_config=text_sizes(tokenizer, 32)
-        | {**INKLING_TEXT, "mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1, "unpadded_vocab_size": len(tokenizer) - 2,
-           "logits_mup_width_multiplier": 2.0},
+        | {**INKLING_TEXT, "mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1,
+           "unpadded_vocab_size": len(tokenizer) - 2, "logits_mup_width_multiplier": 2.0},
         image_token_id=ids("<|unused_200054|>"), audio_token_id=ids("<|unused_200053|>"),
         image_bos_token_id=ids("<|content_image|>"), audio_bos_token_id=ids("<|content_audio_input|>"),
     )  # fmt: skip
@@ -477,11 +478,12 @@ def apertus1p5(folder: Path, *, seed: int = 0) -> Path:
 
     named = {"image_token": "<|image|>", "audio_token": "<|audio|>", "boi_token": "<|img_start|>",
              "eoi_token": "<|img_end|>", "image_wrapper_token": "<|img_token_start|>",
-             "eol_token": "<|img_end_of_row|>", "boa_token": "<|audio_start|>", "eoa_token": "<|audio_end|>"}  # fmt: skip
+             "eol_token": "<|img_end_of_row|>", "boa_token": "<|audio_start|>",
+             "eoa_token": "<|audio_end|>"}  # fmt: skip
     tokenizer, template = _tokens("<|image|>", *list(named.values())[1:], extra_special_tokens=named)
     ids, codes = tokenizer.convert_tokens_to_ids, 64
     config = Apertus1p5Config(
-        vision_config={"attn_resolutions": [], "base_channels": 32, "channel_multiplier": [1, 1, 1, 1, 1],
+        vision_config={"attn_resolutions": [], "base_channels": 32, "channel_multiplier": [1, 1, 1],
                        "codebook_size": codes, "embed_dim": 8, "latent_channels": 8, "num_res_blocks": 1,
                        "resolution": 64},
         audio_config={"codebook_dim": 8, "codebook_size": 8, "hidden_size": 8, "num_filters": 2, "num_lstm_layers": 1,
@@ -491,7 +493,7 @@ def apertus1p5(folder: Path, *, seed: int = 0) -> Path:
         audio_token_offset=len(tokenizer) + codes,
     )  # fmt: skip
     processor = Apertus1p5Processor(
-        Apertus1p5ImageProcessor(size={"min_pixels": 64 * 64, "max_pixels": 128 * 128}),
+        Apertus1p5ImageProcessor(size={"min_pixels": 32 * 32, "max_pixels": 64 * 64}, spatial_factor=4),
         WavTokenizerFeatureExtractor(), tokenizer, chat_template=template,
     )  # fmt: skip
     return _save(Apertus1p5ForConditionalGeneration, config, processor, folder, seed, True)

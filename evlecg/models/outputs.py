@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from evlecg.errors import EvlecgError
-from evlecg.models.encode import Encoder, Turn
+from evlecg.models.classifier import ClassifierHead, classifier_outputs
+from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
-from evlecg.page.render import Page
+from evlecg.models.views import AnyEncoder
 from evlecg.schema import Batch, Outputs, Side
 
 
@@ -28,6 +29,8 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int = -1, model: Any = 
         visual_layer: hidden layer whose visual tokens are returned.
         model: the model as accelerate wrapped it; None: the bare one.
     """
+    if loaded.checkpoint.kind != "text":
+        return classifier_outputs(loaded.model, side, visual_layer=visual_layer, model=model)
     model = loaded.model if model is None else model
     forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
     inputs = dict(side.inputs)
@@ -60,11 +63,12 @@ class AnswerHead(nn.Module):
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
-        self.head = loaded.model.get_output_embeddings()
+        self.classifies = loaded.checkpoint.kind != "text"
+        self.head = ClassifierHead(loaded.model) if self.classifies else loaded.model.get_output_embeddings()
 
     def forward(self, states_AD: Tensor, side: Side) -> Tensor:
         """Logits [A,V] of the tokens at `side.answer_A2`, given the states that predict them."""
-        return self.head(states_AD)
+        return self.head(states_AD, side) if self.classifies else self.head(states_AD)
 
 
 def tree_mask(block_BS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,7 +118,7 @@ def to_device(item: Any, device: torch.device | str) -> Any:
 
 
 @torch.no_grad()
-def packing_difference(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) -> float:
+def packing_difference(loaded: Loaded, encoder: AnyEncoder, page: Any, turns: list[Turn]) -> float:
     """Largest difference between packed and unpacked answer logits, as a share of the largest logit.
 
     Raises:
@@ -139,10 +143,12 @@ def packing_difference(loaded: Loaded, encoder: Encoder, page: Page, turns: list
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def can_pack(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) -> tuple[bool, str]:
+def can_pack(loaded: Loaded, encoder: AnyEncoder, page: Any, turns: list[Turn]) -> tuple[bool, str]:
     """Whether packing gives this checkpoint the same logits as one question a row, and why not."""
     if len(turns) < 2:
         return False, "one question a page"
+    if loaded.checkpoint.kind != "text":
+        return True, "its questions are read off one state"
     try:
         difference = packing_difference(loaded, encoder, page, turns)
     except EvlecgError:
@@ -160,9 +166,14 @@ def image_matters(loaded: Loaded, side: Side) -> float:
     Zero means that the model does not see its images.
     """
     outputs = forward(loaded, side)
-    blank = {key: _blank(value) if key == "pixel_values" else value for key, value in side.inputs.items()}
+    blanks = {"pixel_values": _blank, "input_values": torch.zeros_like, "past_values": torch.zeros_like}
+    if loaded.form is not None:
+        blanks[next(iter(side.inputs))] = torch.zeros_like
+    blank = {key: blanks[key](value) if key in blanks else value for key, value in side.inputs.items()}
     without = forward(loaded, dataclasses.replace(side, inputs=blank))
     logits, ablated = outputs.answer_logits_AV.float(), without.answer_logits_AV.float()
+    if not bool(logits.isfinite().all()):  # a classifier that does not know the labels: its states have to do
+        logits, ablated = outputs.hidden_BSD.float(), without.hidden_BSD.float()
     return float((logits - ablated).abs().max() / logits.abs().max().clamp_min(1e-6))
 
 

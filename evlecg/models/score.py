@@ -8,9 +8,10 @@ import torch
 
 from evlecg.data.store import Prepared
 from evlecg.models.batch import draw
-from evlecg.models.encode import Encoder, Turn
+from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
 from evlecg.models.outputs import can_pack, forward, to_device
+from evlecg.models.views import encoder_for, view_of
 from evlecg.page.render import PageStyle
 from evlecg.schema import Prediction, Question, Sample
 
@@ -34,13 +35,14 @@ class Scorer:
         self.loaded = loaded
         self.prepared = prepared
         self.style = style
-        self.encoder = Encoder(loaded.checkpoint, loaded.processor, size_px=size_px)
+        self.encoder = encoder_for(loaded, size_px=size_px)
+        self.view = view_of(self.encoder)
         self.packed = False
         self.packing_note = "not tried"
 
     def prove_packing(self, sample: Sample) -> None:
         """Tries all questions of one page in one row; used from then on if the logits are the same."""
-        page = draw(self.prepared, sample.record_index, self.encoder.size_px, self.style)
+        page = draw(self.prepared, sample.record_index, self.view, self.style)
         turns = [turn for question in sample.questions for turn in self._turns(question)]
         self.packed, self.packing_note = can_pack(self.loaded, self.encoder, page, turns)
 
@@ -48,7 +50,7 @@ class Scorer:
     def score(self, samples: Sequence[Sample]) -> Iterator[Prediction]:
         """Scores the labels of a few samples (one batch)."""
         model = self.loaded.model.eval()
-        pages = [draw(self.prepared, sample.record_index, self.encoder.size_px, self.style) for sample in samples]
+        pages = [draw(self.prepared, sample.record_index, self.view, self.style) for sample in samples]
         asked = [
             (row, question, choice, turn)
             for row, sample in enumerate(samples)

@@ -131,7 +131,7 @@ class Side:
             paper: where a page was turned or shifted, that is undone.
         visual_mask_BN: bool, False for padding and for tokens that see no part of the paper.
         cell_box_BC4: box of every lead x time cell on the paper; the same cell has the same index on both sides, and
-            zeros on pages that do not have it.
+            zeros on pages that do not have it. Where one side reads signals, its own cells follow the page's.
         frame: what boxes are shares of: "page", the paper of a drawn page, or "trace", the plane that
             `page/trace.py` lays a signal out on (x is time, y the leads). Places in different frames can be compared
             through the cells only.

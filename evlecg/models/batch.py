@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from evlecg.data.store import Prepared
 from evlecg.errors import EvlecgError
@@ -80,8 +81,11 @@ class BatchBuilder:
             if not shared:
                 drawn = [self._draw(sample, [view_of(self.teacher)], None) for sample in chosen]
             teacher, teacher_layouts = self._side(self.teacher, [views[-1] for views in drawn], turns)
-        if teacher is not None and student.frame == "trace":  # the page says which cells there are
-            layouts = teacher_layouts
+        # a page's cells, then a trace's: a page shows most leads for a few seconds only, a signal for all of them
+        if student.frame == "trace":
+            layouts = [*teacher_layouts, *layouts]
+        elif teacher is not None and teacher.frame == "trace":
+            layouts = [*layouts, *teacher_layouts]
         _, lead_C, time_C2 = batch_cells(layouts)
         return Batch(
             sample_ids=tuple(sample.record_id for sample in chosen),
@@ -104,11 +108,14 @@ class BatchBuilder:
 
 
 def _with_cells(side: Any, encoder: AnyEncoder | None, lead_C: np.ndarray, time_C2: np.ndarray) -> Any:
-    """A trace's half with the boxes of the batch's cells, which are those of a page where either side has one."""
-    if not isinstance(encoder, ClassifierEncoder) or encoder.form is None:
-        return side
-    boxes_C4 = torch.from_numpy(TraceLayout(encoder.form.window_s).boxes(lead_C, time_C2))
-    return dataclasses.replace(side, cell_box_BC4=boxes_C4.expand(len(side.valid_BS), -1, -1).contiguous())
+    """A half with boxes for all of the batch's cells: a page has none for those of a trace, behind its own."""
+    if side is None:
+        return None
+    if isinstance(encoder, ClassifierEncoder) and encoder.form is not None:
+        boxes_C4 = torch.from_numpy(TraceLayout(encoder.form.window_s).boxes(lead_C, time_C2))
+        return dataclasses.replace(side, cell_box_BC4=boxes_C4.expand(len(side.valid_BS), -1, -1).contiguous())
+    missing = len(lead_C) - side.cell_box_BC4.shape[1]
+    return dataclasses.replace(side, cell_box_BC4=pad(side.cell_box_BC4, (0, 0, 0, missing))) if missing else side
 
 
 def draw(

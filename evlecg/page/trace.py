@@ -24,7 +24,7 @@ from evlecg.schema import LEADS
 
 NAME = "trace"
 CELL_S = 1.25  # as long as a cell of the usual page: half of a 2.5 s panel
-FILTER_S = 0.3  # length of the filter: a beat's waves keep their shape
+FILTER_S = 0.3  # length of the filter, HuBERT-ECG's: too short to take much away below 3 Hz, whatever its lower edge
 MOST_RATIO = 1000  # of the two sides of a resampling ratio
 
 

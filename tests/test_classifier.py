@@ -227,3 +227,30 @@ def test_layers_with_other_tokens_are_refused(folders, records):
         forward(loaded, side, visual_layer=0)
     with pytest.raises(EvlecgError, match="no layer 17"):
         forward(loaded, side, visual_layer=17)
+
+
+def test_a_backbone_that_has_no_name_of_its_own(tmp_path, records):
+    """CLIP's classifier has no base model by transformers' count, and its checkpoints hold a text tower too."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    small = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=small | {"vocab_size": 50}, vision_config=small | {"image_size": 56, "patch_size": 14}
+    )
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}).save_pretrained(
+        tmp_path / "clip"
+    )
+    loaded = loaded_from(tmp_path / "clip", labels=("MI", "CD"))
+    side = encoded(loaded, records, "CD", "MI")
+    with torch.no_grad():
+        outputs, result = forward(loaded, side), loaded.model.model(**side.inputs)
+    assert side.visual_BS.sum(1).tolist() == [16, 16]
+    assert_close(outputs.answer_logits_AV[:, 0].unflatten(0, (2, 2)), result.logits[:, [1, 0]])
+    box_N4 = side.visual_box_BN4[0]
+    assert_close(box_N4[-1], torch.tensor([0.75, 0.75, 1, 1]), atol=0.005, rtol=0)  # nothing of the page is cropped
+    tensors = load_file(tmp_path / "clip" / "model.safetensors")
+    lost = {name: value for name, value in tensors.items() if "vision_model.encoder.layers.1.mlp" not in name}
+    save_file(lost, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EvlecgError, match="weights are missing"):
+        loaded_from(tmp_path / "clip", labels=("MI", "CD"))

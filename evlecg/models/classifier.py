@@ -62,6 +62,7 @@ class Classifier(nn.Module):
         self.pictures = pictures
         self.n_tokens, self.grid = 0, (0, 0)
         self._prefix, self._channels_first, self._width = 0, False, 0
+        self._base_name = "" if readout is not None else _base_name(model)
         self._head_name = "" if readout is not None else _head_name(model)
 
     @property
@@ -110,6 +111,8 @@ class Classifier(nn.Module):
             raise EvlecgError(f"{name} has hidden states of shape {tuple(state.shape)}, not tokens")
         channel_axis = 1 if self.pictures or state.ndim == 3 else -1
         self._channels_first = state.shape[channel_axis] == wanted != state.shape[-1]
+        if self.pictures and state.ndim == 4 and state.shape[-1] != wanted:
+            self._channels_first = True  # as feature maps are, where neither axis tells
         self._prefix = 0
         if self.pictures and state.ndim == 4:
             rows, columns = state.shape[2:] if self._channels_first else state.shape[1:3]
@@ -175,7 +178,7 @@ class Classifier(nn.Module):
 
     def _run(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Hidden states of the backbone, and what its head read and said (absent where it has none)."""
-        base = self.model if self.readout is not None else self.model.base_model
+        base = self.model.get_submodule(self._base_name)
         with _caught(base, None if self.readout is not None else self.head) as seen:
             self.model(**inputs, output_hidden_states=True, return_dict=True)
         output = seen.pop("base")
@@ -297,7 +300,7 @@ def load_classifier(checkpoint: Any, *, torch_dtype: Any, seed: int, labels: tup
             ignore_mismatched_sizes=fresh, **remote,
         )  # fmt: skip
         untrained = fresh or not any(known)
-        _check_keys(info, model, untrained, checkpoint.name)
+        _check_keys(info, model, _base_name(model) if own_head else "", untrained, checkpoint.name)
         readout = None
         if not own_head:
             width = int(getattr(config, "hidden_size", 0) or getattr(config, "hidden_sizes", [0])[-1])
@@ -339,10 +342,10 @@ def _n_rows(config: Any) -> int:
     return int(getattr(config, "num_targets", 0) or config.num_labels)
 
 
-def _check_keys(info: dict[str, Any], model: Any, untrained: bool, where: str) -> None:
+def _check_keys(info: dict[str, Any], model: Any, base_name: str, untrained: bool, where: str) -> None:
     """Weights that do not fit are an error; those of a head that is new, or that nobody asks, are not."""
-    base = model.base_model
-    prefix = f"{model.base_model_prefix}." if base is not model else ""
+    base = model.get_submodule(base_name)
+    prefix = f"{base_name}." if base_name else ""
     parts = {name for name, _ in base.named_children()} | {name for name, _ in base.named_parameters(recurse=False)}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
@@ -358,13 +361,21 @@ def _check_keys(info: dict[str, Any], model: Any, untrained: bool, where: str) -
             )
 
 
+def _base_name(model: Any) -> str:
+    """Name of the backbone inside of a model with a head: where transformers names none, its largest part."""
+    if model.base_model is not model:
+        return model.base_model_prefix
+    sizes = {name: sum(value.numel() for value in part.parameters()) for name, part in model.named_children()}
+    return max(sizes, key=lambda name: sizes[name])
+
+
 def _head_name(model: Any) -> str:
     """Name of the one linear layer that tells the classes apart.
 
     Raises:
         EvlecgError: there are none or several.
     """
-    base = set(model.base_model.modules()) if model.base_model is not model else set()
+    base = set(model.get_submodule(_base_name(model)).modules())
     wanted = _n_rows(model.config)
     found = [
         name for name, module in model.named_modules()

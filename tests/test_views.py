@@ -67,10 +67,12 @@ def test_tokens_that_move_lie_where_the_page_changed(folders, record, name, plac
     region = np.array([x, y, x + 8, y + 8]) / 56
     for layer in ("projected", "last"):
         change_N, side = moved(loaded, encoder, page, Page(pixels, page.layout), layer)
-        inside_N = overlaps(side.visual_box_BN4[0].numpy(), region)
+        box_N4 = side.visual_box_BN4[0].numpy()
+        assert_allclose([*box_N4[0, :2], *box_N4[-1, 2:]], [0, 0, 1, 1], atol=0.01, err_msg="the whole page is seen")
+        inside_N = overlaps(box_N4, region)
         assert 0 < inside_N.sum() < len(inside_N) / 2
         # a convolution's field reaches half a token beyond its own share
-        near_N = overlaps(side.visual_box_BN4[0].numpy(), region + np.array([-4, -4, 4, 4]) / 56)
+        near_N = overlaps(box_N4, region + np.array([-4, -4, 4, 4]) / 56)
         assert near_N[change_N.argmax()], layer
         assert change_N[inside_N].mean() > 2 * change_N[~inside_N].mean(), layer
 

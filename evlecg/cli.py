@@ -34,6 +34,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout; everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and the result only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python files that come with a checkpoint (read them first).")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
 
@@ -44,6 +47,15 @@ class Split(str, Enum):
     val = "val"
     test = "test"
     all = "all"
+
+
+class Kind(str, Enum):
+    """What a model reads and answers."""
+
+    auto = "auto"
+    text = "text"
+    image = "image"
+    signal = "signal"
 
 
 def _version(asked: bool) -> None:
@@ -169,6 +181,7 @@ def distill(
         str | None, typer.Option(help="Study file or shipped study: a grid of runs, told in one table (needs --out).")
     ] = None,
     workers: Annotated[int, typer.Option(help="Runs of a study at the same time.", min=1)] = 1,
+    trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -182,6 +195,7 @@ def distill(
         return _run_study(study, out, workers, as_json, _progress(quiet, verbose))
     overrides: dict[str, Any] = {
         "teacher": teacher, "student": student, "data.dir": data, "method": method, "seed": seed,
+        "trust_remote_code": trust_remote_code or None,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
     }  # fmt: skip
     if resume and out is None:
@@ -237,6 +251,8 @@ def eval_(
     labels: Annotated[str | None, typer.Option(help="Label codes to score, comma-separated (default: all).")] = None,
     batch_size: Annotated[int, typer.Option(help="Records a forward pass.", min=1)] = 16,
     max_records: Annotated[int | None, typer.Option(help="Score the first N records only.", min=1)] = None,
+    kind: Annotated[Kind, typer.Option(help="What the model reads and answers (auto: its config tells).")] = Kind.auto,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -254,7 +270,8 @@ def eval_(
         out = Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(dataset).name}-{split.value}"
     report = evaluate(
         model, data=data, out=out, split=split.value, labels=tuple(labels.split(",")) if labels else (),
-        batch_size=batch_size, max_records=max_records, overwrite=overwrite, progress=progress,
+        batch_size=batch_size, max_records=max_records, kind=kind.value, trust_remote_code=trust_remote_code,
+        overwrite=overwrite, progress=progress,
     )  # fmt: skip
     if as_json:
         return _print_json(report.to_dict())
@@ -268,6 +285,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
     dtype: Annotated[str, typer.Option(help="auto (as trained), float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -276,7 +294,10 @@ def export(
     """Write the student alone, reload it with plain transformers and compare logits."""
     from evlecg.export import export as job
 
-    result = job(run, out=out, format=format, dtype=dtype, overwrite=overwrite, progress=_progress(quiet, verbose))
+    result = job(
+        run, out=out, format=format, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
+        progress=_progress(quiet, verbose),
+    )  # fmt: skip
     if as_json:
         return _print_json(result.to_dict())
     typer.echo(f"student: {result.weights} ({result.n_parameters:,} parameters, {result.n_bytes:,} bytes)")

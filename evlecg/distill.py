@@ -19,6 +19,7 @@ from evlecg.data.tasks import chosen_labels, training_samples
 from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import new_folder, write_text_atomic
 from evlecg.models import load as models
+from evlecg.models.kinds import signal_config
 from evlecg.models.trained import TrainedWith
 from evlecg.page.augment import augmenter
 from evlecg.page.render import page_style
@@ -76,7 +77,7 @@ def distill(
     if not samples:
         raise EvlecgError("the prepared folder has no training record about which anything can be asked", where=data)
     _check_out(out, resume, overwrite)
-    job = _build(recipe, prepared, samples, progress)  # models load here; nothing is on disk yet
+    job = _build(recipe, prepared, samples, labels, progress)  # models load here; nothing is on disk yet
 
     if overwrite and out.exists():
         shutil.rmtree(out)
@@ -135,7 +136,7 @@ class _Job:
     checks: dict[str, Any]
 
 
-def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress) -> _Job:
+def _build(recipe: Recipe, prepared: Prepared, samples: list, labels: tuple[str, ...], progress: Progress) -> _Job:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -143,8 +144,8 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
 
     from evlecg.losses.objective import METHODS
     from evlecg.models.batch import BatchBuilder, epoch_batches
-    from evlecg.models.checks import freeze_vision, startup_checks
-    from evlecg.models.encode import Encoder
+    from evlecg.models.checks import check_labels, check_samples, freeze_vision, startup_checks
+    from evlecg.models.views import encoder_for
     from evlecg.models.vocabulary import token_bytes
     from evlecg.teacher import LiveTeacher, RememberingTeacher
 
@@ -158,23 +159,32 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
         raise EvlecgError(
             "a teacher that is remembered must see the same pages in every epoch", where="augment", hint=hint
         )
-    student_checkpoint = models.inspect(recipe.student)
-    teacher_checkpoint = models.inspect(recipe.teacher) if recipe.needs_teacher else None
+    trust = recipe.trust_remote_code
+    student_checkpoint = models.inspect(recipe.student, kind=recipe.student_kind, trust_remote_code=trust)
+    teacher_checkpoint = None
+    if recipe.needs_teacher:
+        teacher_checkpoint = models.inspect(recipe.teacher, kind=recipe.teacher_kind, trust_remote_code=trust)
+    for checkpoint in filter(None, (student_checkpoint, teacher_checkpoint)):
+        check_samples(checkpoint, prepared, samples)
     if student_checkpoint.original is not None and student_checkpoint.original.tiled:
         hint = "no transformers family lays tiles out flat, so what was trained could not be loaded again"
         raise EvlecgError("this original LLaVA layout can teach only", where=recipe.student, hint=hint)
 
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
-    student = models.load(student_checkpoint, dtype=train.dtype, seed=recipe.seed)
-    teacher = models.load(teacher_checkpoint, dtype=train.teacher_dtype) if teacher_checkpoint else None
+    student = models.load(
+        student_checkpoint, dtype=train.dtype, seed=recipe.seed, labels=labels, signal=recipe.student_signal
+    )
+    teacher = None
+    if teacher_checkpoint is not None:
+        teacher = models.load(teacher_checkpoint, dtype=train.teacher_dtype, signal=recipe.teacher_signal)
     if train.freeze_vision:
         freeze_vision(student)
     style = page_style(recipe.page)
-    student_encoder = Encoder(student.checkpoint, student.processor, size_px=_pair(recipe.page.student_size))
+    student_encoder = encoder_for(student, size_px=_pair(recipe.page.student_size))
     teacher_encoder = None
     if teacher is not None:
-        teacher_encoder = Encoder(teacher.checkpoint, teacher.processor, size_px=_pair(recipe.page.teacher_size))
+        teacher_encoder = encoder_for(teacher, size_px=_pair(recipe.page.teacher_size))
         teacher.model.to(accelerator.device).eval()
     student.model.to(accelerator.device)
 
@@ -183,13 +193,14 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     builder = dataclasses.replace(unpacked, packed=packed, augment=augment)
 
     facts = [
-        dataclasses.replace(loaded.facts, tokens=token_bytes(encoder, loaded.checkpoint.vocab_size))
-        if method.reads_tokens else loaded.facts
+        dataclasses.replace(loaded.facts, tokens=token_bytes(loaded, encoder)) if method.reads_tokens else loaded.facts
         for loaded, encoder in ((student, student_encoder), (teacher, teacher_encoder))
         if loaded is not None and encoder is not None
     ]  # fmt: skip
     objective = method(recipe.objective, student=facts[0], teacher=facts[1] if teacher is not None else None)
     needs = objective.needs
+    if teacher is not None:
+        check_labels(teacher, labels, needs, progress)
     _check_method(recipe, needs, len(samples))
     if recipe.effective_method == "seqkd" and teacher is not None:
         builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
@@ -563,7 +574,7 @@ def _save_student(job: _Job, out: Path) -> None:
     model = job.accelerator.unwrap_model(job.model)
     with new_folder(out / "student", overwrite=True) as partial:
         model.save_pretrained(partial)
-        job.student.processor.save_pretrained(partial)
+        models.save_processor(job.student, partial)
         _trained_with(job).write(partial)
 
 
@@ -573,6 +584,8 @@ def _trained_with(job: _Job) -> TrainedWith:
         question=recipe.data.question,
         labels={name: job.prepared.label_descriptions[name] for name in chosen_labels(job.prepared, recipe.data)},
         page=dataclasses.replace(recipe.page, student_size=job.builder.student.size_px),
+        kind=job.student.checkpoint.kind,
+        signal=signal_config(job.student.form) if job.student.form is not None else None,
         method=recipe.effective_method,
         teacher=recipe.teacher if recipe.needs_teacher else None,
         recipe_fingerprint=recipe.fingerprint(),

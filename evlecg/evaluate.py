@@ -18,7 +18,7 @@ from evlecg.models import load as models
 from evlecg.models.trained import trained_with
 from evlecg.page.render import page_style
 from evlecg.progress import Progress
-from evlecg.recipe import DataConfig, PageConfig
+from evlecg.recipe import DataConfig, PageConfig, SignalConfig
 from evlecg.report import Report, environment, write_report
 
 SPLIT_NAMES = ("train", "val", "test", "all")
@@ -35,6 +35,9 @@ def evaluate(
     page: PageConfig | None = None,
     batch_size: int = 16,
     dtype: str = "float32",
+    kind: str = "auto",
+    signal: SignalConfig | None = None,
+    trust_remote_code: bool = False,
     n_boot: int = N_BOOT,
     max_records: int | None = None,
     overwrite: bool = False,
@@ -51,6 +54,9 @@ def evaluate(
         question: wording; None: the one that the model was trained with, else the default.
         page: page style; None: as trained, else the default.
         batch_size: records a forward pass.
+        kind: "text", "image", "signal", or "auto" where the model's config is to decide.
+        signal: how signals enter a model that reads them; None: as trained, else as its family wants.
+        trust_remote_code: run Python files that come with the model.
         n_boot: bootstrap resamples over patients.
         max_records: score the first N records of the split only.
         overwrite: replace what `out` holds.
@@ -63,20 +69,40 @@ def evaluate(
     trained = trained_with(Path(models.resolve(model)[0]))
     wording = question or trained.question
     known = tuple(label for label in trained.labels if label in prepared.label_names)
+    checkpoint = models.inspect(model, kind=kind, trust_remote_code=trust_remote_code)
     names = chosen_labels(prepared, DataConfig(labels=labels or known, question=wording))
+    if checkpoint.kind != "text":
+        names = _names_in_head(checkpoint, names, explicit=bool(labels))
     indices = range(len(prepared)) if split == "all" else prepared.indices(split).tolist()
     samples = label_samples(prepared, indices[:max_records], names, wording)
     if not samples:
         raise EvlecgError(f"the split {split!r} has no record with an assessed label", where=data,
                           hint="--split all, or prepare more records")  # fmt: skip
 
-    checkpoint = models.inspect(model)
+    from evlecg.models.checks import check_samples  # torch loads here
+
+    check_samples(checkpoint, prepared, samples)
     with new_folder(out, overwrite) as folder:
-        loaded = models.load(checkpoint, dtype=dtype)
+        loaded = models.load(checkpoint, dtype=dtype, signal=signal)
         packing = _predict(loaded, prepared, samples, page or trained.page, batch_size, folder, progress, model)
         report = _report(model, prepared, split, names, folder, n_boot, wording, packing, loaded)
         write_report(report, folder)
     return report
+
+
+def _names_in_head(checkpoint: models.Checkpoint, names: tuple[str, ...], *, explicit: bool) -> tuple[str, ...]:
+    """Of the labels that are to be scored, those that a classifier's head knows.
+
+    Raises:
+        EvlecgError: it knows none, or lacks one that was asked for by name.
+    """
+    found = tuple(name for name in names if name in checkpoint.labels)
+    if not found or (explicit and len(found) < len(names)):
+        missing = [name for name in names if name not in found]
+        own = ", ".join(label for label in checkpoint.labels if label) or "none that the vocabulary knows"
+        raise EvlecgError(f"the classifier has no label {', '.join(missing)}", where=checkpoint.name,
+                          hint=f"its labels: {own}")  # fmt: skip
+    return found
 
 
 def _predict(
@@ -121,6 +147,7 @@ def _report(
         provenance={
             "model": {
                 "family": loaded.checkpoint.model_type,
+                "kind": loaded.checkpoint.kind,
                 "parameters": loaded.n_parameters,
                 "weights_sha256": models.weights_hash(loaded.checkpoint),
             },

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from evlecg.data.readers import READERS
-from evlecg.data.store import is_prepared, read_manifest
+from evlecg.data.store import Prepared, is_prepared, read_manifest
+from evlecg.data.tasks import chosen_labels
 from evlecg.distill import RunResult, distill
 from evlecg.errors import EvlecgError
 from evlecg.evaluate import evaluate, paired
 from evlecg.export import ExportResult, export
 from evlecg.files import write_text_atomic
 from evlecg.metrics import Difference
+from evlecg.models import load as models
 from evlecg.prepare import find_dataset, prepare
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe, nearest
@@ -96,9 +98,18 @@ def run_line(
         for role, model in wanted:
             page = dataclasses.replace(recipe.page, student_size=recipe.page.teacher_size)
             folder = out / "report" / role
+            is_teacher, labels = role == "teacher", recipe.data.labels
+            if is_teacher:
+                found = teacher_labels(recipe, data)
+                if not found:
+                    progress.info("no report of the teacher: its head knows none of the labels")
+                    continue
+                labels = labels and found
             report = evaluate(
-                model, data=data, out=folder, split=finish.eval_split, labels=recipe.data.labels,
-                question=recipe.data.question, page=page if role == "teacher" else None,
+                model, data=data, out=folder, split=finish.eval_split, labels=labels,
+                question=recipe.data.question, page=page if is_teacher else None,
+                kind=recipe.teacher_kind if is_teacher else "auto", trust_remote_code=recipe.trust_remote_code,
+                signal=recipe.teacher_signal if is_teacher else None,
                 batch_size=recipe.train.batch_size, overwrite=True, progress=progress,
             )  # fmt: skip
             reports.append((role, report))
@@ -106,10 +117,20 @@ def run_line(
             gain = paired(out / "report" / "distilled", out / "report" / "SFT-only")
         about = f"{reports[0][1].dataset} ({finish.eval_split}), {reports[0][1].n_records} records\n\n"
         write_text_atomic(out / "report" / "comparison.md", about + comparison_markdown(reports))
-    exported = export(out, out=out / "export", overwrite=True, progress=progress) if finish.export else None
+    exported = None
+    if finish.export:
+        trust = recipe.trust_remote_code
+        exported = export(out, out=out / "export", overwrite=True, trust_remote_code=trust, progress=progress)
     result = LineResult(run, data, reports, gain, exported)
     write_text_atomic(out / "report" / "comparison.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def teacher_labels(recipe: Recipe, data: Path) -> tuple[str, ...]:
+    """Of the labels that a run asks about, those that its teacher can be scored on: all, unless it is a classifier."""
+    labels = chosen_labels(Prepared.open(data), recipe.data)
+    teacher = models.inspect(recipe.teacher, kind=recipe.teacher_kind, trust_remote_code=recipe.trust_remote_code)
+    return labels if teacher.kind == "text" else tuple(label for label in labels if label in teacher.labels)
 
 
 def training_data(recipe: Recipe, progress: Progress) -> Path:

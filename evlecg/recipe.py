@@ -25,6 +25,8 @@ from evlecg.errors import EvlecgError
 METHOD_NAMES = (
     "evl", "ce", "seqkd", "kl", "rkl", "jsd", "uld", "multilevel_ot", "dskd", "minilm", "rkd", "feature", "em_kd",
 )  # fmt: skip
+# text: a page in, words out; image: a page in, a logit a label out; signal: a signal in, a logit a label out
+KINDS = ("auto", "text", "image", "signal")
 
 
 def _key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None) -> Any:
@@ -77,6 +79,26 @@ class PageConfig:
     )
     student_size: tuple[int, ...] | None = _key(None, "page size for the student [width, height]")
     teacher_size: tuple[int, ...] | None = _key(None, "page size for the teacher [width, height]")
+
+
+@dataclass(frozen=True)
+class SignalConfig:
+    """How a signal enters a model that reads signals. Null and auto: what the checkpoint, or its family, says."""
+
+    fs_hz: float | None = _key(None, "sampling rate; null: the feature extractor's, or context over window", low=1)
+    window_s: float | None = _key(None, "seconds that it sees; null: ten, or what the family was made for", low=0.1)
+    leads: str = _key(
+        "auto",
+        "one after the other in one series, each in a series of its own, or all at once as channels",
+        choices=("auto", "flattened", "apart", "channels"),
+    )
+    scale: str = _key(
+        "auto",
+        "millivolt as they are, zero mean and unit variance over all leads, or every lead from -1 to 1",
+        choices=("auto", "none", "standard", "range"),
+    )
+    low_hz: float | None = _key(None, "lower edge of the band-pass filter; 0: none", low=0)
+    high_hz: float | None = _key(None, "upper edge of the band-pass filter; 0: none", low=0)
 
 
 @dataclass(frozen=True)
@@ -263,11 +285,16 @@ class Recipe:
     name: str = _key("custom", "what the run is called")
     teacher: str = _key("builtin:teacher", "teacher checkpoint: path, hub id, builtin:NAME, or none")
     student: str = _key("builtin:student", "student checkpoint: path, hub id or builtin:NAME")
+    teacher_kind: str = _key("auto", "what the teacher reads and answers; auto: its config tells", choices=KINDS)
+    student_kind: str = _key("auto", "what the student reads and answers; auto: its config tells", choices=KINDS)
+    trust_remote_code: bool = _key(False, "run Python files that come with a checkpoint")
     method: str = _key("evl", "what the student learns from", choices=METHOD_NAMES)
     seed: int = _key(0, "seeds weights, order and augmentation", low=0)
     threads: int | None = _key(None, "torch threads; null: leave as they are", low=1)
     data: DataConfig = _section(DataConfig)
     page: PageConfig = _section(PageConfig)
+    teacher_signal: SignalConfig = _section(SignalConfig)
+    student_signal: SignalConfig = _section(SignalConfig)
     augment: AugmentConfig = _section(AugmentConfig)
     train: TrainConfig = _section(TrainConfig)
     objective: ObjectiveConfig = _section(ObjectiveConfig)

@@ -134,7 +134,12 @@ class Side:
             paper: where a page was turned or shifted, that is undone.
         visual_mask_BN: bool, False for padding and for tokens that see no part of the paper.
         cell_box_BC4: box of every lead x time cell on the paper; the same cell has the same index on both sides, and
-            zeros on pages that do not have it.
+            zeros on pages that do not have it. Where one side reads signals, its own cells follow the page's.
+        frame: what boxes are shares of: "page", the paper of a drawn page, or "trace", the plane that
+            `page/trace.py` lays a signal out on (x is time, y the leads). Places in different frames can be compared
+            through the cells only.
+        answer_label_A: int, for each answer of a classifier the row of its head that decides it, -1 where it has
+            none; None for models that answer in words.
     """
 
     inputs: dict[str, Tensor]
@@ -147,6 +152,8 @@ class Side:
     visual_box_BN4: Tensor
     visual_mask_BN: Tensor
     cell_box_BC4: Tensor
+    frame: str = "page"
+    answer_label_A: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -195,16 +202,22 @@ class ModelFacts:
 
     Attributes:
         width: of its hidden states.
-        vocab_size: answers that its head tells apart (rows of the output head).
+        vocab_size: answers that its head tells apart (rows of the output head; of a classifier two: yes and no).
+        visual_width: of its visual tokens, where they have one of their own (PatchTST's pooled state holds all twelve
+            leads, its tokens one); None: `width`.
         tokens: bytes of every row of the output head, None where it stands for no text; empty where nobody asked
             (objectives with `reads_tokens` do).
-        visual_width: of its visual tokens, where they have one of their own; None: `width`.
     """
 
     width: int
     vocab_size: int
-    tokens: tuple[bytes | None, ...] = ()
     visual_width: int | None = None
+    tokens: tuple[bytes | None, ...] = ()
+
+    @property
+    def token_width(self) -> int:
+        """Width of visual tokens."""
+        return self.width if self.visual_width is None else self.visual_width
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import LlavaConfig, PreTrainedTokenizerFast
 from evlecg.losses.bridge import END, answer_groups, class_log_probabilities, shared_classes
 from evlecg.models import load as loading
 from evlecg.models.encode import Encoder, Turn
-from evlecg.models.vocabulary import token_bytes
+from evlecg.models.vocabulary import spelt_tokens
 from evlecg.schema import Side
 from tests.tiny import (
     CORPUS,
@@ -166,7 +166,7 @@ def test_an_answer_that_one_side_cuts_off_leaves_its_rest_without_a_group():
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_token_bytes_spell_the_text(kind):
     one = encoder(kind)
-    tokens = token_bytes(one, len(one.tokenizer) + 3)
+    tokens = spelt_tokens(one, len(one.tokenizer) + 3)
     assert tokens[-3:] == (None, None, None), "rows beyond the tokenizer stand for nothing"
     text = "yes sinus rhythm" if kind == "wordpiece" else "yes, sinus rhythm äß 心 75"
     ids = one.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -14,7 +14,11 @@ from evlecg.errors import EvlecgError
 from evlecg.files import sha256_file
 from evlecg.models.apart import Apart, apart_of, config_value, visual_width
 from evlecg.models.families import Family, family_of
-from evlecg.recipe import nearest
+from evlecg.models.kinds import ANSWERS, kind_of, needs_remote_code, read_config, signal_form
+from evlecg.models.labels import label_codes
+from evlecg.models.trained import trained_with
+from evlecg.page.trace import TraceForm
+from evlecg.recipe import SignalConfig, nearest
 from evlecg.schema import ModelFacts
 
 # name -> (folder inside evlecg/assets, whether its weights are used); an untrained one starts from the run's seed
@@ -39,6 +43,11 @@ class Checkpoint:
         width: hidden size of the language model.
         vocab_size: rows of the output head.
         original: the original LLaVA layout that it is stored in (`llava_layout.Original`), None for transformers' own.
+        kind: "text", "image" or "signal" (see `models.kinds`); of the others, `image_token_id` is -1, `width` 0 (known
+            once the model is there) and `vocab_size` 2: yes and no.
+        model_class: transformers' class of a classifier; empty for an encoder without a head.
+        labels: of a classifier, the label code of each row of its head, None where the vocabulary does not know it.
+        trust_remote_code: its own Python files may be run.
     """
 
     name: str
@@ -50,6 +59,10 @@ class Checkpoint:
     width: int
     vocab_size: int
     original: Any = None
+    kind: str = "text"
+    model_class: str = ""
+    labels: tuple[str | None, ...] = ()
+    trust_remote_code: bool = False
 
     @property
     def family(self) -> Family:
@@ -64,11 +77,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory: transformers model and processor."""
+    """A checkpoint in memory: transformers model (a `Classifier` around it, where it is one) and processor.
+
+    Attributes:
+        processor: for images and text; of a classifier its image processor, or feature extractor (None: it has none).
+        form: what a model that reads signals wants of them; None for all others.
+    """
 
     checkpoint: Checkpoint
     model: Any
     processor: Any
+    form: TraceForm | None = None
 
     @property
     def forward_keys(self) -> frozenset[str]:
@@ -82,6 +101,8 @@ class Loaded:
     @property
     def facts(self) -> ModelFacts:
         """What an objective has to know."""
+        if self.checkpoint.kind != "text":
+            return self.model.facts
         return ModelFacts(self.checkpoint.width, self.checkpoint.vocab_size, visual_width(self.checkpoint.config))
 
 
@@ -110,26 +131,43 @@ def resolve(name: str) -> tuple[str, bool]:
     return name, True
 
 
-def inspect(name: str) -> Checkpoint:
+def inspect(name: str, *, kind: str = "auto", trust_remote_code: bool = False) -> Checkpoint:
     """Reads a checkpoint's config only.
 
+    Args:
+        name: what the user typed.
+        kind: "text", "image", "signal", or "auto" where the config is to decide.
+        trust_remote_code: run Python files that come with it.
+
     Raises:
-        EvlecgError: nothing there, not an image-text-to-text family, or one that cannot work (the reason is given).
+        EvlecgError: nothing there, a family of no known kind, one that cannot work (the reason is given), or code that
+            is not trusted.
     """
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     source, trained = resolve(name)
     original = None
     try:
-        tree, _ = PretrainedConfig.get_config_dict(source)
-        if tree.get("mm_vision_tower"):
-            original = _original(tree, source, name)
-        config = original.native if original is not None else AutoConfig.from_pretrained(source)
+        raw = read_config(source)
+        original = _original(raw, source, name) if raw.get("mm_vision_tower") else None
+        found = kind_of(source, raw, kind, where=name) if original is None else None
+        remote = original is None and needs_remote_code(raw)
+        if remote and not trust_remote_code:
+            raise EvlecgError("the checkpoint comes with Python code of its own, which is not run unasked", where=name,
+                              hint="read it, then add --trust-remote-code")  # fmt: skip
+        own = AutoConfig.from_pretrained(source, trust_remote_code=remote) if original is None else None
+        config = own or original.native
     except EvlecgError:
         raise
     except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
         raise EvlecgError("the checkpoint's config cannot be read", where=name, hint=_first_line(error)) from error
+    if found is not None and found.name != "text":
+        return Checkpoint(
+            name=name, source=source, model_type=config.model_type, config=config, trained=trained, image_token_id=-1,
+            width=0, vocab_size=len(ANSWERS), kind=found.name, model_class=found.model_class, trust_remote_code=remote,
+            labels=label_codes(dict(config.id2label or {}), trained_with(Path(source)).labels),
+        )  # fmt: skip
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise EvlecgError(
             f"{config.model_type!r} is not an image-text-to-text family of the installed transformers",
@@ -199,17 +237,28 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     return processor
 
 
-def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Loaded:
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    labels: tuple[str, ...] = (),
+    signal: SignalConfig | None = None,
+) -> Loaded:
     """Loads weights and processor; a weight that is missing, left over or of another shape is an error.
 
     Args:
         checkpoint: from `inspect`.
         dtype: "float32", "bfloat16", "float16", or "auto" for the one the weights are stored in.
-        seed: of the random weights of an untrained built-in.
+        seed: of the random weights of an untrained built-in, and of a classifier's new head.
+        labels: what a classifier that is to be trained has to tell apart; others ignore it.
+        signal: how signals are to enter a model that reads them; None: as the checkpoint says.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
+    if checkpoint.kind != "text":
+        return _load_classifier(checkpoint, dtype, seed, labels, signal)
     processor = load_processor(checkpoint)  # before the weights: the cheap thing fails first
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     if not checkpoint.trained:
@@ -248,6 +297,66 @@ def _original_weights(checkpoint: Checkpoint) -> dict[str, Any]:
 
     tensors = llava_layout.stored_tensors(checkpoint.source, name=checkpoint.name)
     return llava_layout.state_dict(checkpoint.original, tensors, name=checkpoint.name)
+
+
+def _load_classifier(
+    checkpoint: Checkpoint, dtype: str, seed: int, labels: tuple[str, ...], signal: SignalConfig | None
+) -> Loaded:
+    import torch
+
+    from evlecg.models.classifier import load_classifier
+
+    processor, form = _classifier_processor(checkpoint), None
+    if checkpoint.kind == "signal":
+        said = [item for item in (signal, trained_with(Path(checkpoint.source)).signal) if item is not None]
+        form = signal_form(checkpoint.config, processor, said, where=checkpoint.name)
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with quiet():
+            model = load_classifier(checkpoint, torch_dtype=torch_dtype, seed=seed, labels=labels,
+                                    leads=form.leads if form else "")  # fmt: skip
+    except EvlecgError:
+        raise
+    except Exception as error:  # as below: transformers raises many kinds here
+        hint = f"{_first_line(error)} (only safetensors are read)"
+        raise EvlecgError("the checkpoint's weights cannot be loaded", where=checkpoint.name, hint=hint) from error
+    return Loaded(checkpoint, model, processor, form)
+
+
+def _classifier_processor(checkpoint: Checkpoint) -> Any:
+    """Image processor of a model of pages (an error where there is none), feature extractor of a model of signals."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    try:
+        with quiet():
+            if checkpoint.kind == "image":
+                return _uncropped(AutoImageProcessor.from_pretrained(checkpoint.source))
+            return AutoFeatureExtractor.from_pretrained(checkpoint.source)
+    except Exception as error:
+        if checkpoint.kind == "signal":
+            return None
+        raise EvlecgError("the checkpoint has no usable image processor", where=checkpoint.name,
+                          hint="save it beside the model: processor.save_pretrained(FOLDER)") from error  # fmt: skip
+
+
+def _uncropped(image_processor: Any) -> Any:
+    """An image processor that keeps the whole of a square page: what a photograph can spare at its edges is leads."""
+    if getattr(image_processor, "crop_pct", None):
+        image_processor.crop_pct = 1.0
+    size, crop = getattr(image_processor, "size", None), getattr(image_processor, "crop_size", None)
+    if getattr(image_processor, "do_center_crop", False) and size and crop and "shortest_edge" in size:
+        image_processor.size = {"shortest_edge": min(int(size["shortest_edge"]), int(crop["height"]))}
+    return image_processor
+
+
+def save_processor(loaded: Loaded, folder: Path) -> None:
+    """Writes a model's processor beside it; a feature extractor says the rate that signals really had."""
+    if loaded.processor is None:
+        return
+    if loaded.form is not None and hasattr(loaded.processor, "sampling_rate"):
+        loaded.processor.sampling_rate = round(loaded.form.fs_hz)
+        loaded.processor.do_normalize = loaded.form.scale == "standard"
+    loaded.processor.save_pretrained(folder)
 
 
 def weights_hash(checkpoint: Checkpoint) -> str | None:

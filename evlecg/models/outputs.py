@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from evlecg.errors import EvlecgError
 from evlecg.models import apart
-from evlecg.models.encode import Encoder, Turn
+from evlecg.models.classifier import ClassifierHead, classifier_outputs
+from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
-from evlecg.page.render import Page
+from evlecg.models.views import AnyEncoder
 from evlecg.schema import Batch, Outputs, Side
 
 
@@ -37,6 +38,8 @@ def forward(
         model: the model as accelerate wrapped it; None: the bare one.
         attention: also return the last layer's queries, keys and values at the visual positions.
     """
+    if loaded.checkpoint.kind != "text":
+        return classifier_outputs(loaded.model, side, visual_layer=visual_layer, model=model)
     model = loaded.model if model is None else model
     if loaded.checkpoint.apart is not None:
         if attention:
@@ -150,20 +153,26 @@ class AnswerHead(nn.Module):
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
+        self.name, self.apart = loaded.checkpoint.name, loaded.checkpoint.apart is not None
+        self.classifies = loaded.checkpoint.kind != "text"
+        if self.classifies:
+            self.head = ClassifierHead(loaded.model)
+            return
         self.head = apart.output_head(loaded)
         self.finish = LOGITS[loaded.checkpoint.family.logits]
         self.text = loaded.checkpoint.config.get_text_config()
-        self.name, self.apart = loaded.checkpoint.name, loaded.checkpoint.apart is not None
         self._words = (loaded.model.get_input_embeddings(),)  # in a tuple: read, but no part of this module
 
     def forward(self, states_AD: Tensor, side: Side) -> Tensor:
         """Logits [A,V] of the tokens at `side.answer_A2`, given the states that predict them."""
+        if self.classifies:
+            return self.head(states_AD, side)
         return self.finish(self.head(states_AD), self.text)
 
     def embed(self, side: Side) -> Tensor:
         """Embeddings of every answer token and of the one before it, [A,2,D]: the one before comes first."""
-        if self.apart:
-            raise EvlecgError("the words before an answer that stands apart from its question are not read",
+        if self.apart or self.classifies:
+            raise EvlecgError("there are no words before an answer that stands apart from its question",
                               where=self.name, hint="--method dskd cannot read this family")  # fmt: skip
         row_A, place_A = side.answer_A2.unbind(1)
         before_A = side.inputs["input_ids"][row_A, place_A - 1]
@@ -319,7 +328,7 @@ def _count(features: Any) -> int:
 
 
 @torch.no_grad()
-def packing_difference(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) -> float:
+def packing_difference(loaded: Loaded, encoder: AnyEncoder, page: Any, turns: list[Turn]) -> float:
     """Largest difference between packed and unpacked answer logits, as a share of the largest logit.
 
     Raises:
@@ -350,10 +359,12 @@ def _largest(logits_AV: Tensor) -> Tensor:
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def can_pack(loaded: Loaded, encoder: Encoder, page: Page, turns: list[Turn]) -> tuple[bool, str]:
+def can_pack(loaded: Loaded, encoder: AnyEncoder, page: Any, turns: list[Turn]) -> tuple[bool, str]:
     """Whether packing gives this checkpoint the same logits as one question a row, and why not."""
     if len(turns) < 2:
         return False, "one question a page"
+    if loaded.checkpoint.kind != "text":
+        return True, "its questions are read off one state"
     if loaded.checkpoint.apart is not None:
         return False, "question, page and answer are not one text"
     try:
@@ -373,17 +384,21 @@ def image_matters(loaded: Loaded, side: Side) -> float:
     Zero means that the model does not see its images.
     """
     outputs = forward(loaded, side)
-    blank = {
-        key: _blank(value)
-        if "pixel_values" in key
-        else _blank_flattened(value)
-        if key == "flattened_patches"
-        else value
-        for key, value in side.inputs.items()
-    }
+    blank = {key: _blanked(key, value, loaded) for key, value in side.inputs.items()}
     without = forward(loaded, dataclasses.replace(side, inputs=blank))
     logits, ablated = outputs.answer_logits_AV.float(), without.answer_logits_AV.float()
+    if not bool(logits.isfinite().all()):  # a classifier that does not know the labels: its states have to do
+        logits, ablated = outputs.hidden_BSD.float(), without.hidden_BSD.float()
     return float((logits - ablated).abs().max() / _largest(logits))
+
+
+def _blanked(key: str, value: Any, loaded: Loaded) -> Any:
+    """One of a model's inputs without what it shows: pixels in one tone, a signal that is flat."""
+    if loaded.form is not None or key in ("input_values", "past_values"):
+        return torch.zeros_like(value) if value.is_floating_point() else value
+    if "pixel_values" in key:
+        return _blank(value)
+    return _blank_flattened(value) if key == "flattened_patches" else value
 
 
 def _blank(pixels: Tensor) -> Tensor:

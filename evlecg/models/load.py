@@ -23,6 +23,9 @@ BUILTIN: dict[str, tuple[str, bool]] = {
 }
 
 
+PICKLED = ("*.bin", "*.pt", "*.pth")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint's config says, known before any weight is read.
@@ -36,6 +39,8 @@ class Checkpoint:
         image_token_id: id of the placeholder whose positions hold visual tokens.
         width: hidden size of the language model.
         vocab_size: rows of the output head.
+        trust_remote_code: whether Python code that the checkpoint brings along may run.
+        allow_pickle: whether its weights may be read from pickle files.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Checkpoint:
     image_token_id: int
     width: int
     vocab_size: int
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,18 +103,28 @@ def resolve(name: str) -> tuple[str, bool]:
     return name, True
 
 
-def inspect(name: str) -> Checkpoint:
+def inspect(name: str, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Checkpoint:
     """Reads a checkpoint's config only.
 
+    Args:
+        name: folder, run folder, hub id or builtin:NAME.
+        trust_remote_code: run the Python code that it brings along, where transformers has none for it.
+        allow_pickle: read its weights from pickle files where it has no safetensors.
+
     Raises:
-        EvlecgError: nothing there, not an image-text-to-text family, or no image placeholder.
+        EvlecgError: nothing there, not an image-text-to-text family, no image placeholder; or it needs one of the two
+            permissions and did not get it.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     source, trained = resolve(name)
+    if not trust_remote_code:
+        _refuse_remote_code(name, source)
+    if trained and not allow_pickle:
+        _refuse_pickle(name, Path(source))
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
         raise EvlecgError("the checkpoint's config cannot be read", where=name, hint=_first_line(error)) from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -133,7 +150,38 @@ def inspect(name: str) -> Checkpoint:
         image_token_id=int(image_token_id),
         width=int(text.hidden_size),
         vocab_size=int(text.vocab_size),
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
+
+
+def _refuse_remote_code(name: str, source: str) -> None:
+    """An error where the config's class lives in the checkpoint's own Python files and nowhere else."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        tree, _ = PretrainedConfig.get_config_dict(source)
+    except Exception:  # the reader that follows says what is wrong with it
+        return
+    code = (tree.get("auto_map") or {}).get("AutoConfig")
+    if code and tree.get("model_type") not in CONFIG_MAPPING:
+        raise EvlecgError(
+            f"the checkpoint brings Python code of its own ({code}), which is not run unasked",
+            where=name,
+            hint="read that code, then add --trust-remote-code (recipe key trust_remote_code)",
+        )
+
+
+def _refuse_pickle(name: str, folder: Path) -> None:
+    """An error where a local checkpoint has pickled weights only."""
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise EvlecgError(
+            f"the checkpoint's weights are pickled ({pickled[0]}); only safetensors are read",
+            where=name,
+            hint="convert them to safetensors, or add --allow-pickle (recipe key allow_pickle)",
+        )
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
@@ -143,7 +191,9 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     hint = "save the processor beside the model: processor.save_pretrained(FOLDER)"
     try:
         with quiet():
-            processor = AutoProcessor.from_pretrained(checkpoint.source)
+            processor = AutoProcessor.from_pretrained(
+                checkpoint.source, trust_remote_code=checkpoint.trust_remote_code
+            )
     except Exception as error:
         raise EvlecgError("the checkpoint has no usable processor", where=checkpoint.name, hint=hint) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
@@ -151,31 +201,54 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     return processor
 
 
-def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Loaded:
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    processor: Any = None,
+    bits: int | None = None,
+    device_map: str | None = None,
+) -> Loaded:
     """Loads weights and processor; a weight that is missing, left over or of another shape is an error.
 
     Args:
         checkpoint: from `inspect`.
         dtype: "float32", "bfloat16", "float16", or "auto" for the one the weights are stored in.
         seed: of the random weights of an untrained built-in.
+        processor: the checkpoint's, where it has been read already.
+        bits: 8 or 4 to quantise the linear layers of the language model while they load.
+        device_map: how accelerate spreads the layers over devices ("auto", "cpu", ...); None: all on the CPU.
+
+    Raises:
+        EvlecgError: no usable processor, no library that quantises, or weights that do not fit the config.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
-    processor = load_processor(checkpoint)  # before the weights: the cheap thing fails first
+    from evlecg.models.adapt import quantisation
+
+    processor = processor or load_processor(checkpoint)  # before the weights: the cheap thing fails first
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     if not checkpoint.trained:
+        if bits is not None:
+            raise EvlecgError("an untrained model is not quantised", where=checkpoint.name)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch_dtype)
         return Loaded(checkpoint, model, processor)
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    if bits is not None:
+        options["quantization_config"] = quantisation(shapes(checkpoint), bits, compute_dtype=dtype).config
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]
-                checkpoint.source, dtype=torch_dtype, use_safetensors=True, output_loading_info=True
-            )
+                checkpoint.source, dtype=torch_dtype, output_loading_info=True,
+                use_safetensors=None if checkpoint.allow_pickle else True,  # None: safetensors where there are any
+                weights_only=True, trust_remote_code=checkpoint.trust_remote_code, **options,
+            )  # fmt: skip
     except Exception as error:
-        hint = f"{_first_line(error)} (only safetensors are read)"
+        hint = _first_line(error) + ("" if checkpoint.allow_pickle else " (only safetensors are read)")
         raise EvlecgError("the checkpoint's weights cannot be loaded", where=checkpoint.name, hint=hint) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info.get(kind) or ())
@@ -187,6 +260,24 @@ def load(checkpoint: Checkpoint, *, dtype: str = "float32", seed: int = 0) -> Lo
                 hint="a model with random weights must not pass as trained; check config.json against the weights",
             )
     return Loaded(checkpoint, model, processor)
+
+
+def shapes(checkpoint: Checkpoint, *, dtype: str = "float32") -> Loaded:
+    """The model without weights: every parameter has its shape and lies on the meta device.
+
+    Args:
+        checkpoint: from `inspect`.
+        dtype: as in `load`; "auto" is the one its config names.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    torch_dtype = (checkpoint.config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    with quiet(), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            checkpoint.config, dtype=torch_dtype, trust_remote_code=checkpoint.trust_remote_code
+        )
+    return Loaded(checkpoint, model, None)
 
 
 def weights_hash(checkpoint: Checkpoint) -> str | None:

@@ -35,6 +35,9 @@ def evaluate(
     page: PageConfig | None = None,
     batch_size: int = 16,
     dtype: str = "float32",
+    bits: int | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     n_boot: int = N_BOOT,
     max_records: int | None = None,
     overwrite: bool = False,
@@ -51,6 +54,8 @@ def evaluate(
         question: wording; None: the one that the model was trained with, else the default.
         page: page style; None: as trained, else the default.
         batch_size: records a forward pass.
+        dtype, bits: as for `models.load.load`.
+        trust_remote_code, allow_pickle: as for `models.load.inspect`.
         n_boot: bootstrap resamples over patients.
         max_records: score the first N records of the split only.
         overwrite: replace what `out` holds.
@@ -70,9 +75,9 @@ def evaluate(
         raise EvlecgError(f"the split {split!r} has no record with an assessed label", where=data,
                           hint="--split all, or prepare more records")  # fmt: skip
 
-    checkpoint = models.inspect(model)
+    checkpoint = models.inspect(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     with new_folder(out, overwrite) as folder:
-        loaded = models.load(checkpoint, dtype=dtype)
+        loaded = models.load(checkpoint, dtype=dtype, bits=bits)
         packing = _predict(loaded, prepared, samples, page or trained.page, batch_size, folder, progress, model)
         report = _report(model, prepared, split, names, folder, n_boot, wording, packing, loaded)
         write_report(report, folder)
@@ -88,7 +93,8 @@ def _predict(
 
     from evlecg.models.score import Scorer
 
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(loaded.model, "hf_quantizer"):  # quantised weights are where they belong
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = page.student_size
     scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
     scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))

@@ -153,7 +153,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in place of full training (Hu et al. 2022, through peft). Parts are named as in train.freeze."""
+    """Low-rank adapters in place of full training (Hu et al. 2022). Parts are named as in train.freeze."""
 
     rank: int = _key(0, "rank of the adapters; 0: no adapters, everything is trained", low=0)
     alpha: float = _key(16.0, "adapters are scaled by alpha / rank", low=0)

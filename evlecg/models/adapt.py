@@ -122,9 +122,7 @@ def choose_trained(model: nn.Module, config: TrainConfig) -> None:
 
 def _tied_in(model: nn.Module, parameter: nn.Parameter, names: set[str]) -> bool:
     """Whether a parameter also goes by one of the names."""
-    return any(
-        other is parameter for name, other in model.named_parameters(remove_duplicate=False) if name in names
-    )
+    return any(other is parameter for name, other in model.named_parameters(remove_duplicate=False) if name in names)
 
 
 def _check_something_trains(model: nn.Module) -> None:

@@ -191,9 +191,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     hint = "save the processor beside the model: processor.save_pretrained(FOLDER)"
     try:
         with quiet():
-            processor = AutoProcessor.from_pretrained(
-                checkpoint.source, trust_remote_code=checkpoint.trust_remote_code
-            )
+            processor = AutoProcessor.from_pretrained(checkpoint.source, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:
         raise EvlecgError("the checkpoint has no usable processor", where=checkpoint.name, hint=hint) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:

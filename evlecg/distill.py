@@ -365,13 +365,12 @@ def step_memory(
         n_samples: training samples, for what `train.remember_teacher` keeps.
     """
     import torch
-    from accelerate import Accelerator
-    from transformers import get_scheduler
+    from accelerate import PartialState
 
     from evlecg.losses.objective import METHODS
     from evlecg.models import memory
-    from evlecg.models.adapt import quantisation, train_mode
-    from evlecg.teacher import MEMORY_BYTES, LiveTeacher
+    from evlecg.models.adapt import quantisation
+    from evlecg.teacher import MEMORY_BYTES
 
     train = recipe.train
     device = torch.device(device)
@@ -390,16 +389,7 @@ def step_memory(
     for module in (small.model, *([large.model] if large is not None else []), objective):
         memory.pretend(module, device)
     trained = [p for module in (small.model, objective) for p in module.parameters() if p.requires_grad]
-    optimizer = memory.Resting(trained)
-    accelerator = Accelerator(mixed_precision=train.mixed_precision)  # its own: it remembers what it has prepared
-    job = _Job(
-        recipe=recipe, prepared=None, accelerator=accelerator, student=small, teacher=large,  # type: ignore[arg-type]
-        signal=LiveTeacher(large, visual_layer=recipe.objective.visual_layer) if large is not None else None,
-        builder=None, model=accelerator.prepare_model(small.model, device_placement=False, evaluation_mode=True),
-        objective=objective, optimizer=optimizer, schedule=get_scheduler("constant", optimizer), total_steps=1,
-        checks={},
-    )  # fmt: skip
-    train_mode(small.model)
+    job = _bare_job(recipe, small, large, objective, memory.Resting(trained))
     group = [batch] * min(2, train.accumulation)
     sides = (batch.student, *([batch.teacher] if large is not None else []))
     rows = len(batch.sample_ids)
@@ -409,8 +399,29 @@ def step_memory(
         names=(student.name, *([teacher.name] if teacher is not None else [])),
         inputs=tuple(side.inputs for side in sides), device=device, quantised=quantised,
         teacher_elsewhere=train.teacher_device_map is not None and device.type != "cpu",
-        processes=accelerator.num_processes,
+        processes=PartialState().num_processes,
         remembered=(lambda held: min(MEMORY_BYTES, held * n_samples // rows)) if train.remember_teacher else None,
+    )  # fmt: skip
+
+
+def _bare_job(
+    recipe: Recipe, student: models.Loaded, teacher: models.Loaded | None, objective: Any, optimizer: Any
+) -> _Job:
+    """What `_step` needs of a job, for models without data: the memory estimate, and what it is measured against."""
+    from accelerate import Accelerator
+    from transformers import get_scheduler
+
+    from evlecg.models.adapt import train_mode
+    from evlecg.teacher import LiveTeacher
+
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)  # its own: it remembers what it prepares
+    train_mode(student.model)
+    return _Job(
+        recipe=recipe, prepared=None, accelerator=accelerator, student=student, teacher=teacher,  # type: ignore[arg-type]
+        signal=LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer) if teacher is not None else None,
+        builder=None, model=accelerator.prepare_model(student.model, device_placement=False, evaluation_mode=True),
+        objective=objective, optimizer=optimizer, schedule=get_scheduler("constant", optimizer), total_steps=1,
+        checks={},
     )  # fmt: skip
 
 

@@ -232,10 +232,10 @@ def _show(checks: dict[str, Any], roles: Sequence[str], progress: Progress) -> N
         row("page", lambda c: f"{c['page_px'][0]}x{c['page_px'][1]} px"),
         row("image tokens = features", lambda c: f"{c['visual_tokens']} = {c['image_features'] or 'checked inside'}"),
         row("longest sequence", lambda c: f"{c['sequence']} of {c['positions'] or 'any number'} positions"),
-        row("answer moves without page", lambda c: f"{c['image_effect']:.2g} of the largest logit"),
+        row("effect of blanking the page", lambda c: f"{c['image_effect']:.2g}"),
         row("vocabulary", lambda c: f"{c['vocabulary']:,}"),
         row("an answer's tokens", lambda c: "|".join(c["answer"])),
-        row("questions of a page in one row", lambda c: c.get("packing", "not tried")),
+        row("packs questions", lambda c: c.get("packing", "not tried")),
     ]
     if "tokenizers" in checks:
         found = checks["tokenizers"]

@@ -391,15 +391,17 @@ def step_memory(
     trained = [p for module in (small.model, objective) for p in module.parameters() if p.requires_grad]
     job = _bare_job(recipe, small, large, objective, memory.Resting(trained))
     group = [batch] * min(2, train.accumulation)
+    norms = recipe.log.gradients_every > 0
     sides = (batch.student, *([batch.teacher] if large is not None else []))
     rows = len(batch.sample_ids)
     return memory.estimate(
-        lambda: _step(job, group, _Position(), diagnose=False, gradients=False),
+        # a term's gradient norm recomputes what was not kept, and keeps it then
+        lambda: _step(job, group, _Position(), diagnose=False, gradients=norms and train.gradient_checkpointing),
         student=small.model, teacher=large.model if large is not None else None, objective=objective,
         names=(student.name, *([teacher.name] if teacher is not None else [])),
         inputs=tuple(side.inputs for side in sides), device=device, quantised=quantised,
         teacher_elsewhere=train.teacher_device_map is not None and device.type != "cpu",
-        processes=PartialState().num_processes,
+        processes=PartialState().num_processes, gradient_norms=norms,
         remembered=(lambda held: min(MEMORY_BYTES, held * n_samples // rows)) if train.remember_teacher else None,
     )  # fmt: skip
 

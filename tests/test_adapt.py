@@ -64,7 +64,7 @@ def test_parts_are_named_by_globs_and_expressions(checkpoints):
     ]
     assert adapt.part(model, r"re:mlp\.up", key="x") == ["model.language_model.layers.0.mlp.up_proj.weight"]
     assert not set(adapt.part(model, "layers.1", key="x")) & set(inside)
-    with pytest.raises(EvlecgError, match="train.freeze.*did you mean 'vision_tower'"):
+    with pytest.raises(EvlecgError, match=r"train.freeze.*did you mean 'vision_tower'"):
         adapt.part(model, "visoin_tower", key="train.freeze")
     with pytest.raises(EvlecgError, match="no regular expression"):
         adapt.part(model, "re:(", key="x")
@@ -119,8 +119,9 @@ def test_a_run_with_adapters_leaves_adapter_and_merged_student_and_resumes(check
     sets = (*LORA, "objective.lambda_ot=0.1", "train.max_steps=4", "checkpoint.every=2", "checkpoint.keep_last=9")
     run, halved = tmp_path / "run", tmp_path / "halved"
     distill(recipe(checkpoints, *sets), data=synthetic, out=run)
-    before, after = load_file(checkpoints["idefics3"] / "model.safetensors"), load_file(
-        run / "student" / "model.safetensors"
+    before, after = (
+        load_file(checkpoints["idefics3"] / "model.safetensors"),
+        load_file(run / "student" / "model.safetensors"),
     )
     assert set(before) == set(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -216,6 +217,6 @@ def test_a_quantised_teacher_spread_by_accelerate_trains_a_student(checkpoints, 
 def test_without_a_library_quantising_is_one_error_before_weights(checkpoints, synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr(adapt, "find_spec", lambda name: None)
     monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("weights were read"))
-    with pytest.raises(EvlecgError, match="need bitsandbytes.*pip install"):
+    with pytest.raises(EvlecgError, match=r"need bitsandbytes.*pip install"):
         distill(recipe(checkpoints, "train.teacher_bits=4"), data=synthetic, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -239,6 +239,7 @@ def estimate(
     quantised: Quantisation | None = None,
     teacher_elsewhere: bool = False,
     processes: int = 1,
+    gradient_norms: bool = False,
     remembered: Callable[[int], int] | None = None,
 ) -> MemoryEstimate:
     """Takes a step on pretended tensors and counts.
@@ -252,6 +253,7 @@ def estimate(
         quantised: how the teacher's weights will be stored.
         teacher_elsewhere: the teacher's weights are spread over devices, and do not count on this one.
         processes: how many share the training; more than one keep gradients a second time, for their exchange.
+        gradient_norms: whether the log takes every term's gradient by itself, beside the whole graph.
         remembered: bytes of a batch of teacher outputs -> bytes that the run will keep of all.
     """
     census = _Census()
@@ -289,11 +291,10 @@ def estimate(
     at_least = base - batch + gradients + losses_own
     peak = None
     if known:
-        # the log's gradient norms hold all gradients of one term beside the whole graph; AdamW holds two more of the
-        # largest weight, and on a GPU, where it works on all weights at once, one more of each
+        # AdamW holds two more of the largest weight, and on a GPU, where it works on all at once, one more of each
         largest = max(map(_bytes, trained))
         update = base + gradients + losses_own + (gradients if device.type == "cuda" else 2 * largest)
-        peak = max(known["peak"], known["graph"] + gradients, update)
+        peak = max(known["peak"], update, known["graph"] + gradients if gradient_norms else 0)
         if quantised is not None and teacher is not None:
             peak = max(peak, known["teacher_peak"] + _largest_dequantised(teacher, quantised))
         peak += kept + (gradients if processes > 1 else 0)

@@ -29,7 +29,7 @@ TOLERANCE = 0.15
 
 # name -> (teacher, student, rows, tokens of text, recipe keys)
 MEASURED: dict[str, tuple[str | None, str, int, int, list[str]]] = {
-    "builtin pair, 64 rows": ("builtin:teacher", "builtin:student", 64, 32, []),
+    "builtin pair, 32 rows": ("builtin:teacher", "builtin:student", 32, 32, []),
     "100M pair, 2 rows": ("llava-100M", "idefics3-100M", 2, 64, []),
     "100M pair, 8 rows": ("llava-100M", "idefics3-100M", 8, 96, []),
     "100M SFT only, 6 rows": (None, "llava-100M", 6, 96, []),

@@ -86,10 +86,11 @@ def distill(
     state = _restore(job, out, progress) if resume else _Position()
     last = _loop(job, state, out, progress)
 
+    if job.accelerator.is_main_process:
+        _save_student(job, out)  # adapters are merged here
     seconds = time.monotonic() - start_s
     result = RunResult(out, state.step, seconds, len(samples), job.student.n_parameters, last)
     if job.accelerator.is_main_process:
-        _save_student(job, out)
         write_text_atomic(out / "run.json", json.dumps(_provenance(job, result, labels), indent=2) + "\n")
     job.accelerator.wait_for_everyone()
     return result

@@ -143,7 +143,9 @@ def add_lora(loaded: Loaded, config: LoraConfig) -> Any:
 
     Raises:
         EvlecgError: a pattern that names nothing, or parts that cannot be adapted.
-        Source: Hu et al. 2022 (LoRA), through peft.
+
+    Source:
+        Hu et al. 2022 (LoRA), through peft.
     """
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model

@@ -37,6 +37,9 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python files that come with a checkpoint (read them first).")
 ]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights where there are no safetensors.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
 
@@ -181,7 +184,16 @@ def distill(
         str | None, typer.Option(help="Study file or shipped study: a grid of runs, told in one table (needs --out).")
     ] = None,
     workers: Annotated[int, typer.Option(help="Runs of a study at the same time.", min=1)] = 1,
+    student_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = None,
+    teacher_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = None,
+    teacher_bits: Annotated[int | None, typer.Option(help="8 or 4: quantise the teacher while it loads.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank (with the projector).")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Checks, memory and time of a step; leaves nothing on disk.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on where the run is not expected to fit.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -195,8 +207,9 @@ def distill(
         return _run_study(study, out, workers, as_json, _progress(quiet, verbose))
     overrides: dict[str, Any] = {
         "teacher": teacher, "student": student, "data.dir": data, "method": method, "seed": seed,
-        "trust_remote_code": trust_remote_code or None,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
+        "train.dtype": student_dtype, "train.teacher_dtype": teacher_dtype, "train.teacher_bits": teacher_bits,
+        "lora.rank": lora_rank, "trust_remote_code": trust_remote_code or None, "allow_pickle": allow_pickle or None,
     }  # fmt: skip
     if resume and out is None:
         raise EvlecgError("--resume needs the run to go on with", where="--out", hint="--out RUN")
@@ -208,9 +221,19 @@ def distill(
     if out is None:
         out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{resolved.name}"
 
-    from evlecg.pipeline import run_line  # torch loads here: bad recipes have failed by now
+    from evlecg.pipeline import rehearse_line, run_line  # torch loads here: bad recipes have failed by now
 
-    result = run_line(resolved, out=out, resume=resume, overwrite=overwrite, progress=_progress(quiet, verbose))
+    progress = _progress(quiet, verbose)
+    if dry_run:
+        rehearsed = rehearse_line(resolved, force=force, progress=progress)
+        if as_json:
+            return _print_json(rehearsed.to_dict())
+        typer.echo(
+            f"dry run: {rehearsed.total_steps} steps of {rehearsed.step_s:.3g} s: about "
+            f"{_duration(rehearsed.estimated_s)} of training, start included; nothing was written"
+        )
+        return None
+    result = run_line(resolved, out=out, resume=resume, overwrite=overwrite, force=force, progress=progress)
     if as_json:
         return _print_json(result.to_dict())
     if result.reports:
@@ -253,6 +276,7 @@ def eval_(
     max_records: Annotated[int | None, typer.Option(help="Score the first N records only.", min=1)] = None,
     kind: Annotated[Kind, typer.Option(help="What the model reads and answers (auto: its config tells).")] = Kind.auto,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -271,7 +295,7 @@ def eval_(
     report = evaluate(
         model, data=data, out=out, split=split.value, labels=tuple(labels.split(",")) if labels else (),
         batch_size=batch_size, max_records=max_records, kind=kind.value, trust_remote_code=trust_remote_code,
-        overwrite=overwrite, progress=progress,
+        allow_pickle=allow_pickle, overwrite=overwrite, progress=progress,
     )  # fmt: skip
     if as_json:
         return _print_json(report.to_dict())
@@ -395,6 +419,13 @@ def _progress(quiet: bool, verbose: bool) -> Progress:
     if _rank():
         return Progress()
     return ConsoleProgress(-1 if quiet else int(verbose))
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _print_json(tree: dict[str, Any]) -> None:

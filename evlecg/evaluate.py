@@ -37,7 +37,9 @@ def evaluate(
     dtype: str = "float32",
     kind: str = "auto",
     signal: SignalConfig | None = None,
+    bits: int | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     n_boot: int = N_BOOT,
     max_records: int | None = None,
     overwrite: bool = False,
@@ -56,7 +58,8 @@ def evaluate(
         batch_size: records a forward pass.
         kind: "text", "image", "signal", or "auto" where the model's config is to decide.
         signal: how signals enter a model that reads them; None: as trained, else as its family wants.
-        trust_remote_code: run Python files that come with the model.
+        dtype, bits: as for `models.load.load`.
+        trust_remote_code, allow_pickle: as for `models.load.inspect`.
         n_boot: bootstrap resamples over patients.
         max_records: score the first N records of the split only.
         overwrite: replace what `out` holds.
@@ -83,7 +86,7 @@ def evaluate(
 
     check_samples(checkpoint, prepared, samples)
     with new_folder(out, overwrite) as folder:
-        loaded = models.load(checkpoint, dtype=dtype, signal=signal)
+        loaded = models.load(checkpoint, dtype=dtype, bits=bits, signal=signal)
         packing = _predict(loaded, prepared, samples, page or trained.page, batch_size, folder, progress, model)
         report = _report(model, prepared, split, names, folder, n_boot, wording, packing, loaded)
         write_report(report, folder)
@@ -114,7 +117,8 @@ def _predict(
 
     from evlecg.models.score import Scorer
 
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(loaded.model, "hf_quantizer"):  # quantised weights are where they belong
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = page.student_size
     scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
     scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))

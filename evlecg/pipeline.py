@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from evlecg.data.readers import READERS
 from evlecg.data.store import Prepared, is_prepared, read_manifest
 from evlecg.data.tasks import chosen_labels
-from evlecg.distill import RunResult, distill
+from evlecg.distill import DryRun, RunResult, distill, rehearse
 from evlecg.errors import EvlecgError
 from evlecg.evaluate import evaluate, paired
 from evlecg.export import ExportResult, export
@@ -61,7 +62,13 @@ class LineResult:
 
 
 def run_line(
-    recipe: Recipe, *, out: Path, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> LineResult:
     """Trains what the recipe says and does what its `finish` section asks for.
 
@@ -70,12 +77,13 @@ def run_line(
         out: run folder; the control stands in out/control, reports in out/report, the export in out/export.
         resume: go on from the newest checkpoint in `out`.
         overwrite: replace an older run.
+        force: train where the memory estimate says that the run does not fit.
         progress: who listens.
     """
     progress = progress or Progress()
     data = training_data(recipe, progress)
     finish = recipe.finish
-    run = distill(recipe, data=data, out=out, resume=resume, overwrite=overwrite, progress=progress)
+    run = distill(recipe, data=data, out=out, resume=resume, overwrite=overwrite, force=force, progress=progress)
     point_latest(out)
     distils = recipe.needs_teacher
     control = out / "control"
@@ -83,7 +91,7 @@ def run_line(
         sft = dataclasses.replace(recipe, method="ce", name=f"{recipe.name} (SFT-only control)")
         done = (control / "run.json").is_file()
         if not (resume and done):
-            distill(sft, data=data, out=control, resume=resume and control.is_dir(), progress=progress)
+            distill(sft, data=data, out=control, resume=resume and control.is_dir(), force=force, progress=progress)
     if os.environ.get("RANK", "0") != "0":  # under accelerate launch all train, one process reports and exports
         return LineResult(run, data, [], None, None)
     reports: list[tuple[str, Report]] = []
@@ -105,12 +113,16 @@ def run_line(
                     progress.info("no report of the teacher: its head knows none of the labels")
                     continue
                 labels = labels and found
+            as_teacher: dict[str, Any] = {}
+            if is_teacher:
+                as_teacher = {"dtype": recipe.train.teacher_dtype, "bits": recipe.train.teacher_bits}
             report = evaluate(
                 model, data=data, out=folder, split=finish.eval_split, labels=labels,
                 question=recipe.data.question, page=page if is_teacher else None,
-                kind=recipe.teacher_kind if is_teacher else "auto", trust_remote_code=recipe.trust_remote_code,
+                kind=recipe.teacher_kind if is_teacher else "auto",
                 signal=recipe.teacher_signal if is_teacher else None,
                 batch_size=recipe.train.batch_size, overwrite=True, progress=progress,
+                trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle, **as_teacher,
             )  # fmt: skip
             reports.append((role, report))
         if {"SFT-only", "distilled"} <= {role for role, _ in reports}:
@@ -133,12 +145,24 @@ def teacher_labels(recipe: Recipe, data: Path) -> tuple[str, ...]:
     return labels if teacher.kind == "text" else tuple(label for label in labels if label in teacher.labels)
 
 
-def training_data(recipe: Recipe, progress: Progress) -> Path:
+def rehearse_line(recipe: Recipe, *, force: bool = False, progress: Progress | None = None) -> DryRun:
+    """Everything up to the first steps, and what the training would take; nothing is left on disk.
+
+    Raises:
+        EvlecgError: bad input; or the data has to be prepared first.
+    """
+    progress = progress or Progress()
+    with tempfile.TemporaryDirectory() as folder:  # for a synthetic set that is not there yet
+        data = training_data(recipe, progress, made_in=Path(folder))
+        return rehearse(recipe, data=data, force=force, progress=progress)
+
+
+def training_data(recipe: Recipe, progress: Progress, *, made_in: Path = DATA_ROOT) -> Path:
     """The prepared folder to train on: the recipe's, else the newest in ./data, else the built-in synthetic set."""
     if recipe.data.dir is not None:
         path = Path(recipe.data.dir)
         if not is_prepared(path) and recipe.data.dir in READERS:
-            return named_data(recipe.data.dir, recipe, progress)
+            return named_data(recipe.data.dir, recipe, progress, made_in=made_in)
         return path
     folders = [
         item.parent for root in data_roots() for item in root.glob("*/manifest.json") if is_prepared(item.parent)
@@ -148,11 +172,23 @@ def training_data(recipe: Recipe, progress: Progress) -> Path:
         progress.info(f"data: {newest} (prepared last; --data DIR chooses another)")
         return newest
     progress.info("data: nothing is prepared in ./data, so the built-in synthetic set is used")
-    return named_data("synthetic", recipe, progress)
+    return named_data("synthetic", recipe, progress, made_in=made_in)
 
 
-def named_data(name_or_dir: str, recipe: Recipe | None = None, progress: Progress | None = None) -> Path:
+def named_data(
+    name_or_dir: str,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+    *,
+    made_in: Path = DATA_ROOT,
+) -> Path:
     """The prepared folder of a dataset name or folder; a raw download is prepared first, synthetic data is made.
+
+    Args:
+        name_or_dir: dataset name or folder.
+        recipe: says how large a synthetic set is.
+        progress: who listens.
+        made_in: where a synthetic set is made; with another than `DATA_ROOT`, raw downloads are not prepared.
 
     Raises:
         EvlecgError: there is none; the hint holds the commands that get and prepare it.
@@ -162,13 +198,17 @@ def named_data(name_or_dir: str, recipe: Recipe | None = None, progress: Progres
     if found is not None and found.prepared:
         return found.path
     if found is not None and found.prepare_to is not None:
+        if made_in != DATA_ROOT:
+            raise EvlecgError(f"{found.dataset} is not prepared yet", where=found.path,
+                              hint=f"evlecg prepare --dataset {found.dataset} --source {found.path} --out "
+                                   f"{found.prepare_to}")  # fmt: skip
         progress.info(f"{found.path} is a raw download of {found.dataset}: preparing it in {found.prepare_to}")
         prepare(found.dataset, source=found.path, out=found.prepare_to, progress=progress)
         return found.prepare_to
     if name_or_dir == "synthetic":
         config = (recipe or Recipe()).data
         counts = {"train": config.synthetic_train, "val": config.synthetic_val, "test": config.synthetic_test}
-        out = DATA_ROOT / "synthetic"
+        out = made_in / "synthetic"
         prepare("synthetic", source=None, out=out, counts=counts, progress=progress)
         return out
     if name_or_dir in READERS:

@@ -29,6 +29,9 @@ BUILTIN: dict[str, tuple[str, bool]] = {
 }
 
 
+PICKLED = ("*.bin", "*.pt", "*.pth")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint's config says, known before any weight is read.
@@ -48,6 +51,7 @@ class Checkpoint:
         model_class: transformers' class of a classifier; empty for an encoder without a head.
         labels: of a classifier, the label code of each row of its head, None where the vocabulary does not know it.
         trust_remote_code: its own Python files may be run.
+        allow_pickle: its weights may be read from pickle files.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Checkpoint:
     model_class: str = ""
     labels: tuple[str | None, ...] = ()
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
     @property
     def family(self) -> Family:
@@ -131,31 +136,38 @@ def resolve(name: str) -> tuple[str, bool]:
     return name, True
 
 
-def inspect(name: str, *, kind: str = "auto", trust_remote_code: bool = False) -> Checkpoint:
+def inspect(
+    name: str, *, kind: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
     """Reads a checkpoint's config only.
 
     Args:
-        name: what the user typed.
+        name: folder, run folder, hub id or builtin:NAME.
         kind: "text", "image", "signal", or "auto" where the config is to decide.
-        trust_remote_code: run Python files that come with it.
+        trust_remote_code: run the Python code that it brings along, where transformers has none for it.
+        allow_pickle: read its weights from pickle files where it has no safetensors.
 
     Raises:
-        EvlecgError: nothing there, a family of no known kind, one that cannot work (the reason is given), or code that
-            is not trusted.
+        EvlecgError: nothing there, a family of no known kind, one that cannot work (the reason is given), or a
+            checkpoint that needs one of the two permissions and did not get it.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     source, trained = resolve(name)
+    if trained and not allow_pickle:
+        _refuse_pickle(name, Path(source))
     original = None
     try:
         raw = read_config(source)
         original = _original(raw, source, name) if raw.get("mm_vision_tower") else None
-        found = kind_of(source, raw, kind, where=name) if original is None else None
         remote = original is None and needs_remote_code(raw)
         if remote and not trust_remote_code:
-            raise EvlecgError("the checkpoint comes with Python code of its own, which is not run unasked", where=name,
-                              hint="read it, then add --trust-remote-code")  # fmt: skip
+            raise EvlecgError(
+                "the checkpoint brings Python code of its own, which is not run unasked", where=name,
+                hint="read that code, then add --trust-remote-code (recipe key trust_remote_code)",
+            )  # fmt: skip
+        found = kind_of(source, raw, kind, where=name) if original is None else None
         own = AutoConfig.from_pretrained(source, trust_remote_code=remote) if original is None else None
         config = own or original.native
     except EvlecgError:
@@ -200,6 +212,8 @@ def inspect(name: str, *, kind: str = "auto", trust_remote_code: bool = False) -
         width=int(text.hidden_size),
         vocab_size=int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size),
         original=original,
+        trust_remote_code=remote,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -211,6 +225,17 @@ def _original(tree: dict[str, Any], source: str, name: str) -> Any:
         return None
     with quiet():
         return llava_layout.translate(tree, llava_layout.load_tokenizer(source, name=name), name=name)
+
+
+def _refuse_pickle(name: str, folder: Path) -> None:
+    """An error where a local checkpoint has pickled weights only."""
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise EvlecgError(
+            f"the checkpoint's weights are pickled ({pickled[0]}); only safetensors are read",
+            where=name,
+            hint="convert them to safetensors, or add --allow-pickle (recipe key allow_pickle)",
+        )
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
@@ -226,7 +251,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     hint = "save the processor beside the model: processor.save_pretrained(FOLDER)"
     try:
         with quiet():
-            processor = AutoProcessor.from_pretrained(checkpoint.source)
+            processor = AutoProcessor.from_pretrained(checkpoint.source, trust_remote_code=checkpoint.trust_remote_code)
     except ImportError as error:
         message = "the checkpoint's processor needs a package"
         raise EvlecgError(message, where=checkpoint.name, hint=_first_line(error)) from error
@@ -244,6 +269,9 @@ def load(
     seed: int = 0,
     labels: tuple[str, ...] = (),
     signal: SignalConfig | None = None,
+    processor: Any = None,
+    bits: int | None = None,
+    device_map: str | None = None,
 ) -> Loaded:
     """Loads weights and processor; a weight that is missing, left over or of another shape is an error.
 
@@ -253,19 +281,34 @@ def load(
         seed: of the random weights of an untrained built-in, and of a classifier's new head.
         labels: what a classifier that is to be trained has to tell apart; others ignore it.
         signal: how signals are to enter a model that reads them; None: as the checkpoint says.
+        processor: the checkpoint's, where it has been read already.
+        bits: 8 or 4 to quantise the linear layers of the language model while they load.
+        device_map: how accelerate spreads the layers over devices ("auto", "cpu", ...); None: all on the CPU.
+
+    Raises:
+        EvlecgError: no usable processor, no library that quantises, or weights that do not fit the config.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from evlecg.models.adapt import quantisation
+
     if checkpoint.kind != "text":
+        if bits is not None:
+            raise EvlecgError("classifiers are not quantised", where=checkpoint.name, hint="leave the bits out")
         return _load_classifier(checkpoint, dtype, seed, labels, signal)
-    processor = load_processor(checkpoint)  # before the weights: the cheap thing fails first
+    processor = processor or load_processor(checkpoint)  # before the weights: the cheap thing fails first
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     if not checkpoint.trained:
+        if bits is not None:
+            raise EvlecgError("an untrained model is not quantised", where=checkpoint.name)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch_dtype)
         return Loaded(checkpoint, model, processor)
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    if bits is not None:
+        options["quantization_config"] = quantisation(shapes(checkpoint), bits, compute_dtype=dtype).config
     try:
         reader, source, given = AutoModelForImageTextToText, checkpoint.source, {}
         if checkpoint.original is not None:
@@ -273,12 +316,14 @@ def load(
             reader = reader._model_mapping[type(checkpoint.config)]
         with quiet():
             model, info = reader.from_pretrained(  # type: ignore[misc]
-                source, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **given
-            )
+                source, dtype=torch_dtype, output_loading_info=True,
+                use_safetensors=None if checkpoint.allow_pickle else True,  # None: safetensors where there are any
+                weights_only=True, trust_remote_code=checkpoint.trust_remote_code, **given, **options,
+            )  # fmt: skip
     except EvlecgError:
         raise
     except Exception as error:
-        hint = f"{_first_line(error)} (only safetensors are read)"
+        hint = _first_line(error) + ("" if checkpoint.allow_pickle else " (only safetensors are read)")
         raise EvlecgError("the checkpoint's weights cannot be loaded", where=checkpoint.name, hint=hint) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info.get(kind) or ())
@@ -357,6 +402,24 @@ def save_processor(loaded: Loaded, folder: Path) -> None:
         loaded.processor.sampling_rate = round(loaded.form.fs_hz)
         loaded.processor.do_normalize = loaded.form.scale == "standard"
     loaded.processor.save_pretrained(folder)
+
+
+def shapes(checkpoint: Checkpoint, *, dtype: str = "float32") -> Loaded:
+    """The model without weights: every parameter has its shape and lies on the meta device.
+
+    Args:
+        checkpoint: from `inspect`.
+        dtype: as in `load`; "auto" is the one its config names.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    torch_dtype = (checkpoint.config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    with quiet(), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            checkpoint.config, dtype=torch_dtype, trust_remote_code=checkpoint.trust_remote_code
+        )
+    return Loaded(checkpoint, model, None)
 
 
 def weights_hash(checkpoint: Checkpoint) -> str | None:

@@ -36,7 +36,8 @@ PROBE_RECORDS = 8  # that figures and spectra are taken from
 ANSWER_BATCH = 16  # records a forward pass when the teacher is asked for its answers
 MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
 REHEARSED_STEPS = 3
-ESTIMATE_FROM = 20_000_000  # parameters of both models: below, nothing can fail to fit, and tracing costs seconds
+ESTIMATE_FROM = 20_000_000  # parameters of both models
+PLENTY_BYTES = 1_600  # a parameter: a hundred times what a weight, its gradient and its optimizer states take
 
 
 @dataclass(frozen=True)
@@ -288,15 +289,18 @@ def _build(
         return BatchBuilder(prepared, samples, style, encoders[0], teacher_encoder, packed=packed)
 
     def fits(packed: bool) -> Verdict | None:
-        """Before any weight is read. Small models fit everywhere, and classifiers are as small."""
-        if not texts or (not always_estimate and _size(checkpoints) < ESTIMATE_FROM):
+        """Before any weight is read. Where there is plenty, tracing a step would be the dearer part of a small run."""
+        size, free = _size(checkpoints), free_bytes(accelerator.device)
+        if not always_estimate and size < ESTIMATE_FROM and size * PLENTY_BYTES < free:
             return None
         batch = build(packed)(longest_samples(samples, train.batch_size))
         found = step_memory(recipe, batch, *checkpoints, device=accelerator.device, n_samples=len(samples))
-        verdict = Verdict(found, free_bytes(accelerator.device), str(accelerator.device))
+        verdict = Verdict(found, free, str(accelerator.device))
         verdict.check(force=force)
         return verdict
 
+    if train.teacher_bits and recipe.needs_teacher and texts:  # is there a library that quantises?
+        adapt.quantisation(models.shapes(checkpoints[1]), train.teacher_bits, compute_dtype=train.teacher_dtype)
     packs = train.packing != "never" and max(len(sample.questions) for sample in samples) > 1
     memory = None
     if texts:

@@ -141,7 +141,7 @@ def outputs_of(side, width, seed):
 
 
 def batch_of(setting, student, teacher):
-    return Batch(("a",), student, teacher, setting[2], setting[3])
+    return Batch(("a",), torch.zeros(1, dtype=torch.long), student, teacher, setting[2], setting[3])
 
 
 def test_the_plan_keeps_mass_in_its_lead(setting):

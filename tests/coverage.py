@@ -326,8 +326,8 @@ def table(verdicts: list[Verdict]) -> str:
         "",
         f"Made by `python -m tests.coverage` with transformers {transformers.__version__}: of {len(tried)} "
         f"image-text-to-text families {teachers} work as teacher, {students} as student, {both} as both.",
-        "*Place*: area under the ROC curve of \"this token moved\" against \"this token lies where the page changed\"; at least .9 on average, "
-        ".7 where a quantiser's codes stand for the page (no gradient reaches what reads it). "
+        "*Place*: area under the ROC curve of \"this token moved\" against \"this token lies where the page changed\"; "
+        "at least .9 on average, .7 where a quantiser's codes stand for the page (no gradient reaches what reads it). "
         "*Packing*: several questions in one row give the same logits.",
         "",
         *_rows(tried),

@@ -385,7 +385,7 @@ def test_every_baseline_trains_a_real_pair(checkpoints, synthetic, tmp_path, nam
 
 def test_seqkd_learns_the_teachers_answers(checkpoints, synthetic, tmp_path, monkeypatch):
     """The samples that it trains on hold what the teacher finds likeliest, whatever the labels say."""
-    import evlecg.distill as job
+    import evlecg.training.build as job
     from evlecg.data.store import Prepared
     from evlecg.data.tasks import label_samples
     from evlecg.models import load as loading

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import evlecg.distill as job
+import evlecg.training.build as job
 from evlecg import cli
 from evlecg.distill import distill
 from evlecg.errors import EvlecgError

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 from evlecg.data.synthetic import generate
 from evlecg.data.writer import write_prepared
-from evlecg.distill import _grouped, distill
+from evlecg.distill import distill
 from evlecg.errors import EvlecgError
 from evlecg.models.batch import epoch_batches, epoch_order
 from evlecg.page.render import render
 from evlecg.recipe import load_recipe, parse_set
 from evlecg.schema import Question
+from evlecg.training.step import grouped
 from tests.families import gemma_kin
 
 LABELS = "data.labels=[NORM, MI]"
@@ -125,7 +126,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(checkpoints, synthetic, tmp_path
 def test_accumulated_batches_make_one_step(checkpoints, synthetic, tmp_path):
     distill(recipe(checkpoints, "train.accumulation=2", "train.epochs=1"), data=synthetic, out=tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]  # three batches: two, then one
-    assert list(_grouped(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(grouped(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_every_record_is_read_once_an_epoch_by_exactly_one_process():

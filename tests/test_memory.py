@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from evlecg import distill as job_module
-from evlecg.distill import distill, step_memory
+from evlecg.distill import distill
 from evlecg.errors import EvlecgError
 from evlecg.losses.objective import METHODS
 from evlecg.models import load as models
 from evlecg.models import memory
 from evlecg.models.encode import Encoder
 from evlecg.recipe import load_recipe, parse_set
+from evlecg.training import build
+from evlecg.training.build import optimizer_of
+from evlecg.training.estimate import adapt_student, bare_job, step_memory
+from evlecg.training.step import Position, step
 from tests import real_configs
 
 TERMS = ("objective.lambda_m=0.3", "objective.lambda_r=1", "objective.lambda_ot=0.1", "data.labels=[NORM, MI]")
@@ -32,7 +35,7 @@ def opened(chosen, synthetic):
     from evlecg.models.batch import BatchBuilder
     from evlecg.page.render import PageStyle
 
-    prepared, samples, _ = job_module._opened(chosen, synthetic)
+    prepared, samples, _ = build.opened(chosen, synthetic)
     checkpoints = [models.inspect(chosen.student), models.inspect(chosen.teacher)]
     encoders = [Encoder(checkpoint, models.load_processor(checkpoint)) for checkpoint in checkpoints]
     return checkpoints, BatchBuilder(prepared, samples, PageStyle(), *encoders, packed=True)(list(range(8)))
@@ -107,17 +110,17 @@ def test_the_allocator_records_what_was_estimated(checkpoints, synthetic, studen
     told = step_memory(chosen, batch, small, large)
     assert not told.why_unknown
     loaded, its_teacher = models.load(small), models.load(large)
-    job_module._adapt(chosen, loaded)
+    adapt_student(chosen, loaded)
     objective = METHODS["evl"](chosen.objective, student=loaded.facts, teacher=its_teacher.facts)
-    optimizer = job_module._optimizer(chosen, loaded.model, objective)
-    job = job_module._bare_job(chosen, loaded, its_teacher, objective, optimizer)
+    optimizer = optimizer_of(chosen, loaded.model, objective)
+    job = bare_job(chosen, loaded, its_teacher, objective, optimizer)
 
-    def step():
-        job_module._step(job, [batch], job_module._Position(), diagnose=False, gradients=True)
+    def take():
+        step(job, [batch], Position(), diagnose=False, gradients=True)
 
-    step()  # optimizer states are there from now on
+    take()  # optimizer states are there from now on
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+        take()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

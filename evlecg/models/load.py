@@ -168,8 +168,10 @@ def inspect(
                 hint="read that code, then add --trust-remote-code (recipe key trust_remote_code)",
             )  # fmt: skip
         found = kind_of(source, raw, kind, where=name) if original is None else None
-        own = AutoConfig.from_pretrained(source, trust_remote_code=remote) if original is None else None
-        config = own or original.native
+        if original is not None:
+            config = original.native
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=remote)
     except EvlecgError:
         raise
     except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
@@ -310,7 +312,9 @@ def load(
     if bits is not None:
         options["quantization_config"] = quantisation(shapes(checkpoint), bits, compute_dtype=dtype).config
     try:
-        reader, source, given = AutoModelForImageTextToText, checkpoint.source, {}
+        reader: Any = AutoModelForImageTextToText
+        source: Any = checkpoint.source
+        given: dict[str, Any] = {}
         if checkpoint.original is not None:
             source, given = None, {"config": checkpoint.config, "state_dict": _original_weights(checkpoint)}
             reader = reader._model_mapping[type(checkpoint.config)]

@@ -5,7 +5,7 @@
 Measured: every case runs N times in a process of its own. There the code, its libraries and a step on small models come
 first; then the peak is reset (`/proc/self/clear_refs`), the models are built with random weights, three optimizer steps
 are taken (the first with the gradient norms that the log shows), and the peak resident set above what was resident
-before is read off (`VmHWM`). The median is compared with `evlecg.distill.step_memory`. Linux only.
+before is read off (`VmHWM`). The median is compared with `evlecg.training.estimate.step_memory`. Linux only.
 
 Real pairs: from published configs, on the meta device, bfloat16, batches of four rows with 96 tokens of text.
 """
@@ -68,7 +68,7 @@ def _batch(teacher: str | None, student: str, rows: int, n_text: int) -> Any:
 
 
 def _estimate(teacher: str | None, student: str, rows: int, n_text: int, keys: list[str]) -> Any:
-    from evlecg.distill import step_memory
+    from evlecg.training.estimate import step_memory
 
     checkpoint = _kind(teacher).checkpoint if teacher else None
     made = _batch(teacher, student, rows, n_text)
@@ -80,9 +80,11 @@ def _steps(teacher: str | None, student: str, rows: int, n_text: int, keys: list
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from evlecg import distill
     from evlecg.losses.objective import METHODS
     from evlecg.models.load import Loaded
+    from evlecg.training.build import optimizer_of
+    from evlecg.training.estimate import adapt_student, bare_job
+    from evlecg.training.step import Position, step
 
     recipe = _recipe(teacher, keys)
     loaded = []
@@ -91,13 +93,13 @@ def _steps(teacher: str | None, student: str, rows: int, n_text: int, keys: list
         model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch.float32)
         loaded.append(Loaded(checkpoint, model, None))
     small, large = loaded[0], loaded[1] if teacher else None
-    distill._adapt(recipe, small)
+    adapt_student(recipe, small)
     facts = large.facts if large else None
     objective = METHODS[recipe.effective_method](recipe.objective, student=small.facts, teacher=facts)
-    optimizer = distill._optimizer(recipe, small.model, objective)
-    job = distill._bare_job(recipe, small, large, objective, optimizer)
+    optimizer = optimizer_of(recipe, small.model, objective)
+    job = bare_job(recipe, small, large, objective, optimizer)
     for number in range(n):
-        distill._step(job, [batch], distill._Position(), diagnose=number == 0, gradients=number == 0)
+        step(job, [batch], Position(), diagnose=number == 0, gradients=number == 0)
 
 
 def _status(key: str) -> int:

@@ -1,0 +1,249 @@
+"""Everything that a run needs, checked and built once: before the first step, and with nothing on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evlecg.data.store import Prepared
+from evlecg.data.tasks import chosen_labels, training_samples
+from evlecg.errors import EvlecgError
+from evlecg.models import load as models
+from evlecg.page.augment import augmenter
+from evlecg.page.render import page_style
+from evlecg.progress import Progress
+from evlecg.recipe import Recipe
+from evlecg.training.estimate import adapt_student, step_memory, tell_memory
+from evlecg.training.step import Job
+
+if TYPE_CHECKING:
+    from evlecg.models.memory import Verdict
+
+ANSWER_BATCH = 16  # records a forward pass when the teacher is asked for its answers
+ESTIMATE_FROM = 20_000_000  # parameters of both models
+PLENTY_BYTES = 1_600  # a parameter: a hundred times what a weight, its gradient and its optimizer states take
+
+
+def opened(recipe: Recipe, data: Path) -> tuple[Prepared, list, tuple[str, ...]]:
+    """The prepared folder, its training samples, and the labels that they are about."""
+    prepared = Prepared.open(data)
+    labels = chosen_labels(prepared, recipe.data)
+    indices = prepared.indices("train")[: recipe.data.max_train].tolist()
+    samples = training_samples(prepared, indices, recipe.data, seed=recipe.seed)
+    if not samples:
+        raise EvlecgError("the prepared folder has no training record about which anything can be asked", where=data)
+    return prepared, samples, labels
+
+
+def build(
+    recipe: Recipe, prepared: Prepared, samples: list, labels: tuple[str, ...], progress: Progress, *, force: bool,
+    always_estimate: bool = False,
+) -> Job:  # fmt: skip
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from transformers import get_scheduler
+
+    from evlecg.losses.objective import METHODS
+    from evlecg.models import adapt
+    from evlecg.models.batch import BatchBuilder, epoch_batches
+    from evlecg.models.checks import (
+        check_labels,
+        check_lengths,
+        check_samples,
+        longest_samples,
+        startup_checks,
+    )  # fmt: skip
+    from evlecg.models.encode import Encoder
+    from evlecg.models.memory import Verdict, free_bytes
+    from evlecg.models.views import encoder_for
+    from evlecg.models.vocabulary import token_bytes
+    from evlecg.teacher import LiveTeacher, RememberingTeacher
+
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    train = recipe.train
+    method = METHODS[recipe.effective_method]
+    augment = augmenter(recipe.augment, seed=recipe.seed)
+    if augment is not None and augment.teacher and recipe.needs_teacher and train.remember_teacher:
+        hint = "set augment.teacher=false or train.remember_teacher=false"
+        raise EvlecgError(
+            "a teacher that is remembered must see the same pages in every epoch", where="augment", hint=hint
+        )
+    permissions = {"trust_remote_code": recipe.trust_remote_code, "allow_pickle": recipe.allow_pickle}
+    checkpoints = [models.inspect(recipe.student, kind=recipe.student_kind, **permissions)]
+    if recipe.needs_teacher:
+        checkpoints.append(models.inspect(recipe.teacher, kind=recipe.teacher_kind, **permissions))
+    for checkpoint in checkpoints:
+        check_samples(checkpoint, prepared, samples)
+    if checkpoints[0].original is not None and checkpoints[0].original.tiled:
+        hint = "no transformers family lays tiles out flat, so what was trained could not be loaded again"
+        raise EvlecgError("this original LLaVA layout can teach only", where=recipe.student, hint=hint)
+    sizes = (_pair(recipe.page.student_size), _pair(recipe.page.teacher_size))
+    style = page_style(recipe.page)
+    accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
+    texts = all(checkpoint.kind == "text" for checkpoint in checkpoints)
+    processors: list[Any] = [models.load_processor(checkpoint) if texts else None for checkpoint in checkpoints]
+    encoders: list[Any] = []
+
+    def batches_of(packed: bool) -> BatchBuilder:
+        teacher_encoder = encoders[1] if len(encoders) > 1 else None
+        return BatchBuilder(prepared, samples, style, encoders[0], teacher_encoder, packed=packed)
+
+    def fits(packed: bool) -> Verdict | None:
+        """Before any weight is read. Where there is plenty, tracing a step would be the dearer part of a small run."""
+        size, free = _size(checkpoints), free_bytes(accelerator.device)
+        if not always_estimate and size < ESTIMATE_FROM and size * PLENTY_BYTES < free:
+            return None
+        batch = batches_of(packed)(longest_samples(samples, train.batch_size))
+        found = step_memory(recipe, batch, *checkpoints, device=accelerator.device, n_samples=len(samples))
+        verdict = Verdict(found, free, str(accelerator.device))
+        verdict.check(force=force)
+        return verdict
+
+    if train.teacher_bits and recipe.needs_teacher and texts:  # is there a library that quantises?
+        adapt.quantisation(models.shapes(checkpoints[1]), train.teacher_bits, compute_dtype=train.teacher_dtype)
+    packs = train.packing != "never" and max(len(sample.questions) for sample in samples) > 1
+    memory = None
+    if texts:
+        encoders += [
+            Encoder(checkpoint, processor, size_px=size)
+            for checkpoint, processor, size in zip(checkpoints, processors, sizes, strict=False)
+        ]
+        check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints)
+        memory = fits(packs)
+
+    set_seed(recipe.seed)
+    student = models.load(checkpoints[0], dtype=train.dtype, seed=recipe.seed, processor=processors[0], labels=labels,
+                          signal=recipe.student_signal)  # fmt: skip
+    teacher = None
+    if recipe.needs_teacher:
+        teacher = models.load(
+            checkpoints[1], dtype=train.teacher_dtype, processor=processors[1], signal=recipe.teacher_signal,
+            bits=train.teacher_bits, device_map=train.teacher_device_map,
+        )  # fmt: skip
+        if not train.teacher_bits and not train.teacher_device_map:
+            teacher.model.to(accelerator.device)
+        teacher.model.eval()
+    adapted = adapt_student(recipe, student)
+    if not texts:
+        encoders += [
+            encoder_for(loaded, size_px=size)
+            for loaded, size in zip((student, teacher), sizes, strict=True)
+            if loaded is not None
+        ]
+    unpacked = batches_of(False)
+    lengths = check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints)
+    student_encoder, teacher_encoder = unpacked.student, unpacked.teacher
+    student.model.to(accelerator.device)
+
+    packed, checks = startup_checks(recipe, unpacked, student, teacher, progress, lengths=lengths)
+    if packed != packs:
+        memory = fits(packed)
+    checks["memory"] = memory.to_dict() if memory is not None else None
+    if memory is not None:
+        tell_memory(memory, progress)
+    builder = dataclasses.replace(unpacked, packed=packed, augment=augment)
+
+    facts = [
+        dataclasses.replace(loaded.facts, tokens=token_bytes(loaded, encoder)) if method.reads_tokens else loaded.facts
+        for loaded, encoder in ((student, student_encoder), (teacher, teacher_encoder))
+        if loaded is not None and encoder is not None
+    ]  # fmt: skip
+    objective = method(recipe.objective, student=facts[0], teacher=facts[1] if teacher is not None else None)
+    needs = objective.needs
+    if teacher is not None:
+        check_labels(teacher, labels, needs, progress)
+    _check_method(recipe, needs, len(samples))
+    if recipe.effective_method == "seqkd" and teacher is not None:
+        builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
+    optimizer = optimizer_of(recipe, student.model, objective)
+    batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=accelerator.num_processes))
+    total = train.epochs * math.ceil(batches / train.accumulation)
+    if train.max_steps is not None:
+        total = min(total, train.max_steps)
+    names = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+    schedule = get_scheduler(
+        names[train.schedule],
+        optimizer,
+        num_warmup_steps=round(train.warmup * total),
+        num_training_steps=total,
+    )
+    # the schedule stays unwrapped: accelerate would step it once a process
+    model, optimizer = accelerator.prepare(student.model, optimizer)
+    if any(True for _ in objective.parameters()):
+        objective = accelerator.prepare(objective)
+    accelerator.register_for_checkpointing(schedule)
+    if not all(parameter.requires_grad for parameter in student.model.parameters()):
+        adapt.save_trained_only(accelerator, student.model)
+    signal = None
+    if teacher is not None and needs:
+        attention = "attention" in needs
+        signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer, attention=attention)
+        if train.remember_teacher:
+            signal = RememberingTeacher(signal, needs)
+    return Job(
+        recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
+        builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
+        needs=needs, checks=checks, adapted=adapted,
+    )  # fmt: skip
+
+
+def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None:
+    """What a method asks of the rest of the recipe."""
+    from evlecg.losses.objective import METHODS
+
+    name = recipe.effective_method
+    rows = min(recipe.train.batch_size, n_samples)
+    if rows < METHODS[name].least_rows:
+        raise EvlecgError(f"{name} compares the records of a batch with one another: {rows} are too few",
+                          where="train.batch_size", hint=f"at least {METHODS[name].least_rows}")  # fmt: skip
+    unkept = needs & {"attention", "logits"} if recipe.train.remember_teacher else frozenset()
+    if unkept:
+        raise EvlecgError(f"{name} reads the teacher's {' and '.join(sorted(unkept))}, which are not remembered",
+                          where="train.remember_teacher", hint="set train.remember_teacher=false")  # fmt: skip
+
+
+def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -> list:
+    """The training samples with the teacher's own answers (sequence-level distillation, Kim and Rush 2016)."""
+    from evlecg.models.score import Scorer
+
+    free = [question.text for sample in builder.samples for question in sample.questions if len(question.choices) < 2]
+    if free:
+        raise EvlecgError(f"{len(free)} questions have no choices: seqkd lets the teacher choose among answers",
+                          where="data.tasks", hint=f"yes_no or multiple_choice, not {free[0]!r}")  # fmt: skip
+    scorer = Scorer(teacher, builder.prepared, builder.style, size_px=builder.teacher.size_px)
+    scorer.prove_packing(max(builder.samples[:64], key=lambda sample: len(sample.questions)))
+    found: list = []
+    with progress.task("teacher's answers", len(builder.samples)) as advance:
+        for start in range(0, len(builder.samples), ANSWER_BATCH):
+            batch = builder.samples[start : start + ANSWER_BATCH]
+            found += scorer.answered(batch)
+            advance(len(batch))
+    return found
+
+
+def _size(checkpoints: list[models.Checkpoint]) -> int:
+    """Parameters of all models, from their configs."""
+    return sum(models.shapes(checkpoint).n_parameters for checkpoint in checkpoints)
+
+
+def optimizer_of(recipe: Recipe, model: Any, objective: Any) -> Any:
+    import torch
+
+    train = recipe.train
+    groups = [
+        {"params": [p for p in model.parameters() if p.requires_grad], "lr": train.lr},
+        {"params": list(objective.parameters()), "lr": train.aligner_lr or train.lr},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, weight_decay=train.weight_decay)
+
+
+def _pair(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if len(size) != 2 or min(size) < 16:
+        raise EvlecgError(f"a page size is [width, height] in pixels, not {list(size)}", where="page")
+    return size[0], size[1]

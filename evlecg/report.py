@@ -19,7 +19,8 @@ from typing import Any
 
 from evlecg import __version__
 from evlecg.files import write_text_atomic
-from evlecg.metrics import AucResult, Estimate, LabelAuc
+from evlecg.metrics import AucResult, LabelAuc
+from evlecg.metrics import MacroAuc as Estimate
 
 UNDEFINED = "–"
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from evlecg.errors import EvlecgError
-from evlecg.metrics import AucResult, Estimate, LabelAuc, bootstrap_auc
+from evlecg.metrics import AucResult, LabelAuc, bootstrap_auc
+from evlecg.metrics import MacroAuc as Estimate
 from evlecg.report import (
     Report,
     comparison_dict,

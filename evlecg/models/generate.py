@@ -1,0 +1,215 @@
+"""Answers as text: greedy, one page a prompt, in the checkpoint's own chat template, up to the end of the turn.
+
+Prompts of one length need no padding. Prompts of several lengths are padded on the left, where the next token is
+predicted at the end of every row; whether a checkpoint then says what it says to each prompt alone is tried once
+(`prove_padding`), as families differ in whether their positions follow the mask.
+
+Shape legend: B batch rows, S positions of the prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evlecg.data.store import Prepared
+from evlecg.errors import EvlecgError
+from evlecg.models.batch import draw
+from evlecg.models.encode import Encoder, Turn
+from evlecg.models.load import Loaded
+from evlecg.models.outputs import PACKING_TOLERANCE, to_device
+from evlecg.page.render import PageStyle
+
+PROVED_TOKENS = 3  # the first is read off the padded prompt, the others off its cache
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer.
+
+    Attributes:
+        text: without special tokens and surrounding white space.
+        n_tokens: made, the end-of-turn mark included.
+        ended: the model ended its turn; otherwise it was cut off at `max_new_tokens`.
+    """
+
+    text: str
+    n_tokens: int
+    ended: bool
+
+
+class Generator:
+    """Answers questions about prepared pages.
+
+    Args:
+        loaded: model and processor, on the device to use.
+        prepared: prepared folder that record indices point into.
+        style: how pages look.
+        size_px: page size; None: what the processor wants.
+        max_new_tokens: where an answer is cut off.
+
+    Attributes:
+        padded: prompts of several lengths share a batch.
+        padding_note: why, or why not.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        prepared: Prepared,
+        style: PageStyle,
+        *,
+        size_px: tuple[int, int] | None = None,
+        max_new_tokens: int = 1024,
+    ) -> None:
+        self.loaded = loaded
+        self.prepared = prepared
+        self.style = style
+        self.encoder = Encoder(loaded.checkpoint, loaded.processor, size_px=size_px)
+        self.max_new_tokens = max_new_tokens
+        self.ends = self._end_of_turn()
+        self.padded = False
+        self.padding_note = "not tried"
+
+    def _end_of_turn(self) -> list[int]:
+        """Ids after which nothing more is said: what the template writes behind an answer, and the model's own."""
+        behind = [self.encoder.answer_ids(Turn("", ".", ends=ends)) for ends in (True, False)]
+        marks = set(behind[0][len(behind[1]) : len(behind[1]) + 1])
+        marks &= set(self.encoder.tokenizer.all_special_ids)  # a template may close a turn with plain text
+        own = self.loaded.model.generation_config.eos_token_id
+        for ids in (own, self.encoder.tokenizer.eos_token_id):
+            marks |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        if not marks:
+            raise EvlecgError("the checkpoint has no mark that ends a turn", where=self.loaded.checkpoint.name,
+                              hint="set eos_token in its tokenizer")  # fmt: skip
+        return sorted(marks)
+
+    def length(self, turn: Turn) -> int:
+        """Tokens of a question's prompt, the image counted as one."""
+        return len(self.encoder.tokenizer(self.encoder.text(_open(turn))[0])["input_ids"])
+
+    def batches(self, turns: Sequence[Turn], batch_size: int) -> list[list[int]]:
+        """Places of the turns, those of like length together: the longest first, so that memory fails early or never.
+
+        Where padding is not proven, a batch holds one length.
+        """
+        lengths = [self.length(turn) for turn in turns]
+        batches: list[list[int]] = []
+        for place in sorted(range(len(turns)), key=lambda place: -lengths[place]):
+            last = batches[-1] if batches else []
+            alike = self.padded or (bool(last) and lengths[last[0]] == lengths[place])
+            if last and len(last) < batch_size and alike:
+                last.append(place)
+            else:
+                batches.append([place])
+        return batches
+
+    @torch.no_grad()
+    def prove_padding(self, record_index: int, turns: Sequence[Turn]) -> None:
+        """Tries the shortest and the longest of some prompts in one batch; used from then on if the logits are those
+        of each alone."""
+        by_length = sorted(turns, key=self.length)
+        if not turns or self.length(by_length[0]) == self.length(by_length[-1]):
+            self.padded, self.padding_note = False, "all prompts are of one length"
+            return
+        asked = [(record_index, by_length[0]), (record_index, by_length[-1])]
+        try:
+            together = self._first_logits(asked)
+            alone = [self._first_logits([one])[0] for one in asked]
+        except EvlecgError:
+            raise
+        except Exception as error:  # families that cannot read a padded prompt fail in their own ways
+            self.padded = False
+            self.padding_note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return
+        difference = max(_difference(*both) for both in zip(together, alone, strict=True))
+        allowed = PACKING_TOLERANCE.get(next(self.loaded.model.parameters()).dtype, 1e-3)
+        self.padded, self.padding_note = difference <= allowed, f"logits differ by {difference:.1e} of the largest"
+
+    def _first_logits(self, asked: Sequence[tuple[int, Turn]]) -> list[tuple[Tensor, list[int]]]:
+        """Logits [steps, V] of every prompt's first answer tokens, and those tokens."""
+        result, start = self._run(asked, max_new_tokens=PROVED_TOKENS, min_new_tokens=PROVED_TOKENS, output_logits=True)
+        logits_BTV = torch.stack(result.logits, dim=1).float()
+        return list(zip(logits_BTV, result.sequences[:, start:].tolist(), strict=True))
+
+    @torch.no_grad()
+    def generate(self, asked: Sequence[tuple[int, Turn]]) -> list[Generated]:
+        """Answers one batch.
+
+        Args:
+            asked: (record index, question with its history) of every row; answers of the turns are not looked at.
+
+        Returns:
+            An answer a row, in order. In the same batch or alone a model says the same, but where two tokens tie
+            within rounding.
+        """
+        answers: dict[int, Generated] = {}
+        for rows in self._rows_together(asked):
+            result, start = self._run([asked[row] for row in rows], max_new_tokens=self.max_new_tokens)
+            for row, ids in zip(rows, result.sequences[:, start:].tolist(), strict=True):
+                answers[row] = self._answer(ids)
+        return [answers[row] for row in range(len(asked))]
+
+    def _rows_together(self, asked: Sequence[tuple[int, Turn]]) -> Iterator[list[int]]:
+        """Rows that may share a forward pass: all, or those of one length."""
+        if self.padded:
+            yield list(range(len(asked)))
+            return
+        groups: dict[int, list[int]] = {}
+        for row, (_, turn) in enumerate(asked):
+            groups.setdefault(self.length(turn), []).append(row)
+        yield from groups.values()
+
+    def _answer(self, ids: list[int]) -> Generated:
+        stop = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        said = ids if stop is None else ids[:stop]
+        text = self.encoder.tokenizer.decode(said, skip_special_tokens=True).strip()
+        return Generated(text, len(ids) if stop is None else stop + 1, stop is not None)
+
+    def _run(self, asked: Sequence[tuple[int, Turn]], **settings: Any) -> tuple[Any, int]:
+        """What `generate` of the model returns, and where its answers start."""
+        from transformers import GenerationConfig
+
+        model = self.loaded.model.eval()
+        pages = [draw(self.prepared, index, self.encoder.size_px, self.style) for index, _ in asked]
+        side = self.encoder.encode(pages, [[_open(turn)] for _, turn in asked])
+        inputs = to_device(left_padded(side.inputs), model.device)
+        config = GenerationConfig(
+            do_sample=False, num_beams=1, use_cache=True, eos_token_id=self.ends, pad_token_id=self.encoder.pad_id,
+            return_dict_in_generate=True,
+            # greedy means the likeliest token: what a checkpoint's own file says on repeats does not hold
+            repetition_penalty=1.0, no_repeat_ngram_size=0, **settings,
+        )  # fmt: skip
+        result = model.generate(**inputs, generation_config=config)
+        return result, 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+
+def _difference(one: tuple[Tensor, list[int]], other: tuple[Tensor, list[int]]) -> float:
+    """Largest difference, as a share of the largest logit, up to the first step at which the texts part."""
+    steps = 1
+    while steps < len(one[1]) and one[1][:steps] == other[1][:steps]:
+        steps += 1
+    logits, others = one[0][:steps], other[0][:steps]
+    return float((logits - others).abs().max() / others.abs().max().clamp_min(1e-6))
+
+
+def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A model's inputs with the padding of every [B, S] tensor moved from the right to the left; pixels stay."""
+    mask_BS = inputs["attention_mask"]
+    if bool(mask_BS.all()):
+        return dict(inputs)
+    length = mask_BS.shape[1]
+    from_BS = (torch.arange(length)[None] + mask_BS.long().sum(1, keepdim=True)) % length
+    return {
+        key: value.gather(1, from_BS) if isinstance(value, Tensor) and value.shape == mask_BS.shape else value
+        for key, value in inputs.items()
+    }
+
+
+def _open(turn: Turn) -> Turn:
+    """The turn as it is put to a model: without an answer, and not ended."""
+    return Turn(turn.question, "", ends=False, history=turn.history, label=turn.label)

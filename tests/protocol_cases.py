@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import random
@@ -81,6 +82,7 @@ def option_question(options: tuple[str, ...]) -> str:
             "Only answer based on the given Options without any explanation.")  # fmt: skip
 
 
+@functools.cache
 def cases() -> dict[str, Case]:
     """Name -> case; the same in every run."""
     made = {"all": Case(), "other keys": Case(), "every answer has it": Case(), "one label": Case(), "few": Case()}

@@ -185,7 +185,9 @@ class Generator:
             repetition_penalty=1.0, no_repeat_ngram_size=0, **settings,
         )  # fmt: skip
         result = model.generate(**inputs, generation_config=config)
-        return result, 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        if model.config.is_encoder_decoder:  # a text of its own, which begins with a mark
+            return result, inputs["decoder_input_ids"].shape[1] if "decoder_input_ids" in inputs else 1
+        return result, inputs["input_ids"].shape[1]
 
 
 def _difference(one: tuple[Tensor, list[int]], other: tuple[Tensor, list[int]]) -> float:

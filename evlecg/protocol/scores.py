@@ -35,6 +35,7 @@ from evlecg.protocol.parsers import PARSERS, Parser
 from evlecg.protocol.replies import Joined, Reply
 
 SEED = 42  # of the published scorer's random letters
+TextTable = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, column heads, rows
 F1_AS_PUBLISHED = f1(empty=0.0)
 
 
@@ -203,7 +204,7 @@ class TextScores:
                 lines.append(f"- {len(ids)} {what}: {shown}.")
         return lines
 
-    def tables(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    def tables(self) -> list[TextTable]:
         """(title, column heads, rows), plain text."""
         columns = ("subset", "metric", "ours", "n", "failed", "F1", "Hamming loss", "exactly right")
         rows = [
@@ -213,7 +214,7 @@ class TextScores:
                for name in ("f1", "hamming_loss", "accuracy")))
             for subset in self.subsets.values()
         ]  # fmt: skip
-        tables = [("Answers as text, in percent", columns, rows)]
+        tables: list[TextTable] = [("Answers as text, in percent", columns, rows)]
         beside = [subset for subset in self.subsets.values() if subset.published]
         if beside:
             models = list(dict.fromkeys(model for subset in beside for model in subset.published))
@@ -382,7 +383,7 @@ def as_published(named_NK: np.ndarray, right_NK: np.ndarray) -> dict[str, float 
                 areas.append(roc_auc_score(right_NK[:, column], named_NK[:, column]))
             except ValueError:  # what older versions do where newer ones return NaN
                 areas.append(np.nan)
-        each = f1_score(right_NK, named_NK, average=None)[: right_NK.shape[1]]
+        each = np.asarray(f1_score(right_NK, named_NK, average=None))[: right_NK.shape[1]]  # type: ignore[arg-type]
         loss = hamming_loss(right_NK, named_NK)
     printed = {"auc_hard": np.mean(areas), "f1": np.mean(list(each)), "hamming_loss": loss}
     return {name: None if np.isnan(value) else float(value) for name, value in printed.items()}

@@ -234,6 +234,7 @@ def eval_(
         Path | None, typer.Option(help="A judge's verdicts on reports and the arena, file or folder.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer in words is cut off.", min=1)] = 1024,
+    seed: Annotated[int, typer.Option(help="Of pulse's random letters (42: as published).")] = 42,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -253,7 +254,7 @@ def eval_(
     report = evaluate(
         model, data=data, out=out, split=split.value, labels=tuple(labels.split(",")) if labels else (),
         batch_size=batch_size, max_records=max_records, overwrite=overwrite, protocol=protocol,
-        text=TextProtocol(parser, predictions, judged, max_new_tokens), progress=progress,
+        text=TextProtocol(parser, predictions, judged, max_new_tokens, seed), progress=progress,
     )  # fmt: skip
     if as_json:
         return _print_json(report.to_dict())

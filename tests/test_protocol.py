@@ -299,7 +299,7 @@ def test_published_results_stand_under_their_own_metric_only():
     assert published("arena", None) == {}
     scores = scored([(item("csn-test-no-cot", "A. x"), "A")])
     table = {title: rows for title, _, rows in scores.tables()}["Beside published results, in percent"]
-    assert table[0] == ("this report", "100.0") and ("PULSE-7B (published)", "85.2") in table
+    assert table[0] == ("this report (parser: pulse)", "100.0") and ("PULSE-7B (published)", "85.2") in table
     assert "1 of the 1611 published questions" in scores.subsets["csn-test-no-cot"].notes[0]
 
 

@@ -77,7 +77,7 @@ class SubsetScores:
         n_asked: its questions in the data.
         reads: the answers that are scored.
         estimates: metric -> value, counts, interval; the subset's own metric first.
-        scored: decisions (or right and wrong) and truths, for comparisons; None for free text without verdicts.
+        scored: decisions, right and wrong, or verdicts, for comparisons; None for free text without verdicts.
         classes: label, letter or option -> right answers, answers that name it, both.
         aspects: aspect -> mean of the judge's scores times 10, and their number.
         notes: what a reader has to know.
@@ -109,6 +109,11 @@ class SubsetScores:
     def metric(self) -> str | None:
         """Its key."""
         return next(iter(self.estimates), None)
+
+    @property
+    def scale(self) -> float:
+        """What makes percent of the headline: verdicts are out of 100 already."""
+        return 1 if self.metric == JUDGED.name else 100
 
     @property
     def published(self) -> dict[str, float]:
@@ -182,16 +187,16 @@ class TextScores:
     def summary(self) -> list[str]:
         """What a reader asks first, one Markdown line each."""
         lines = []
-        for subset in self.subsets.values():
-            headline = subset.headline
+        for one in self.subsets.values():
+            headline = one.headline
             if headline is None:
-                lines.append(f"- {subset.subset.title}: {len(subset.reads)} answers, not judged.")
+                lines.append(f"- {one.subset.title}: {len(one.reads)} answers, not judged.")
                 continue
             lines.append(
-                f"- **{subset.subset.title}: {subset.metric} {_percent(headline)}** on {len(subset.reads)} answers; "
-                f"{subset.n_failed} could not be read."
+                f"- **{one.subset.title}: {one.metric} {_percent(headline, one.scale)}** on {len(one.reads)} answers; "
+                f"{one.n_failed} could not be read."
             )
-            lines += [f"  - {note}" for note in subset.notes]
+            lines += [f"  - {note}" for note in one.notes]
         unmatched = {
             "questions without an answer": self.missing,
             "answers to nothing asked here": self.extra,
@@ -208,39 +213,42 @@ class TextScores:
         """(title, column heads, rows), plain text."""
         columns = ("subset", "metric", "ours", "n", "failed", "F1", "Hamming loss", "exactly right")
         rows = [
-            (subset.subset.title, subset.metric or "–", _percent(subset.headline),
-             str(len(subset.reads)), _share(subset.failure_rate),
-             *(_percent(_headline(subset.estimates.get(name)), interval=False)
+            (one.subset.title, one.metric or "–", _percent(one.headline, one.scale),
+             str(len(one.reads)), _share(one.failure_rate),
+             *(_percent(_headline(one.estimates.get(name)), 100, interval=False)
                for name in ("f1", "hamming_loss", "accuracy")))
-            for subset in self.subsets.values()
+            for one in self.subsets.values()
         ]  # fmt: skip
         tables: list[TextTable] = [("Answers as text, in percent", columns, rows)]
-        beside = [subset for subset in self.subsets.values() if subset.published]
+        beside = [one for one in self.subsets.values() if one.published]
         if beside:
-            models = list(dict.fromkeys(model for subset in beside for model in subset.published))
-            heads = ("model", *(f"{subset.subset.title} ({subset.metric})" for subset in beside))
-            ours = ("this report", *(_percent(subset.headline, interval=False) for subset in beside))
-            theirs = [(f"{model} (published)", *(_share(subset.published.get(model)) for subset in beside))
+            models = list(dict.fromkeys(model for one in beside for model in one.published))
+            heads = ("model", *(f"{one.subset.title} ({one.metric})" for one in beside))
+            ours = (
+                f"this report (parser: {self.parser.name})",
+                *(_percent(one.headline, one.scale, interval=False) for one in beside),
+            )
+            theirs = [(f"{model} (published)", *(_share(one.published.get(model)) for one in beside))
                       for model in models]  # fmt: skip
             tables.append(("Beside published results, in percent", heads, [ours, *theirs]))
-        for subset in self.subsets.values():
-            title = subset.subset.title
-            if subset.subset.task in (LABELS, LETTER) and subset.classes:
+        for one in self.subsets.values():
+            title = one.subset.title
+            if one.subset.task in (LABELS, LETTER) and one.classes:
                 rows = [
                     (name, *(str(counts[key]) for key in ("right", "named", "both")))
-                    for name, counts in subset.classes.items()
+                    for name, counts in one.classes.items()
                 ]
                 tables.append((f"{title}: what answers name", ("class", "right answers", "named", "both"), rows))
-            if subset.aspects:
-                rows = [(name, f"{said['mean']:.1f}", str(int(said["n"]))) for name, said in subset.aspects.items()]
+            if one.aspects:
+                rows = [(name, f"{said['mean']:.1f}", str(int(said["n"]))) for name, said in one.aspects.items()]
                 tables.append((f"{title}: verdicts", ("aspect", "mean of 100", "answers"), rows))
         return tables
 
     def formulas(self) -> list[str]:
         """How the numbers are formed, one line each."""
         used: dict[str, Estimates] = {}
-        for subset in self.subsets.values():
-            used = {**subset.estimates, **used}
+        for one in self.subsets.values():
+            used = {**one.estimates, **used}
         lines = [f"answers are read by parser: {self.parser.name}, that is, {self.parser.rules}"]
         lines += [f"{name} = {estimates.headline.method}" for name, estimates in used.items()]
         if used:
@@ -434,10 +442,9 @@ def _headline(estimates: Estimates | None) -> Estimate | None:
     return None if estimates is None else estimates.headline
 
 
-def _percent(value: Estimate | None, *, interval: bool = True) -> str:
+def _percent(value: Estimate | None, scale: float, *, interval: bool = True) -> str:
     if value is None or value.value is None:
         return "–"
-    scale = 1 if value.method == JUDGED.overall["mean"] else 100  # verdicts are out of 100 already
     low_high = f" ({value.ci95[0] * scale:.1f}–{value.ci95[1] * scale:.1f})" if interval and value.ci95 else ""
     return f"{value.value * scale:.1f}{low_high}"
 

@@ -139,7 +139,8 @@ def prepare(
 @app.command(
     epilog="Examples: evlecg distill (the quickstart) · "
     "evlecg distill --teacher X --student Y --data data/ptbxl --out runs/mine · "
-    "evlecg distill --teacher none --student Y --set train.lr=1e-4 (plain fine-tuning)",
+    "evlecg distill --teacher none --student Y --set train.lr=1e-4 (plain fine-tuning) · "
+    "evlecg distill --study methods --out studies/methods --workers 2",
 )
 def distill(
     teacher: Annotated[str | None, typer.Option(help="Teacher: path, hub id, builtin:NAME, or none.")] = None,
@@ -164,6 +165,10 @@ def distill(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records a step on each process.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="Study file or shipped study: a grid of runs, told in one table (needs --out).")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs of a study at the same time.", min=1)] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -173,6 +178,8 @@ def distill(
     """Train a student on a teacher; score it, its control and the teacher; export it."""
     from evlecg.recipe import load_recipe, parse_set
 
+    if study is not None:
+        return _run_study(study, out, workers, as_json, _progress(quiet, verbose))
     overrides: dict[str, Any] = {
         "teacher": teacher, "student": student, "data.dir": data, "method": method, "seed": seed,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
@@ -203,6 +210,18 @@ def distill(
     typer.echo(f"run: {out} ({result.run.steps} steps, {result.run.seconds:.0f} s)")
     if result.exported is not None:
         typer.echo(f"student: {result.exported.weights}")
+
+
+def _run_study(name: str, out: Path | None, workers: int, as_json: bool, progress: Progress) -> None:
+    from evlecg.study import find_study, load_study, run_study
+
+    if out is None:
+        raise EvlecgError("a study needs a folder to write", where="--out", hint="--out studies/NAME")
+    told = run_study(load_study(find_study(name)), out=out, workers=workers, progress=progress)
+    if as_json:
+        return _print_json(told)
+    typer.echo((out / "table.md").read_text(encoding="utf-8"))
+    typer.echo(f"results: {out / 'results.json'}")
 
 
 @app.command(
@@ -357,10 +376,11 @@ def _print_catalogue(labels: bool, as_json: bool) -> None:
             typer.echo(f"  {code:<16} {why}")
         return
     for name, about in datasets().items():
+        unknown_size = "as large as what you bring" if about["get"] else "no download"
         known = [
             about["title"],
             f"{about['records']:,} records" if about["records"] else "",
-            f"download {about['download_GB']:g} GB" if about["download_GB"] else "",
+            f"download about {about['download_GB']:g} GB" if about["download_GB"] else unknown_size,
             f"prepared about {about['prepared_GB']:g} GB" if about["prepared_GB"] else "",
             about["licence"],
             about["access"],

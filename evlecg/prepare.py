@@ -11,18 +11,18 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, cast
 
 from evlecg import __version__
-from evlecg.data.gates import resampled
 from evlecg.data.labels import LABELS, resolve_labels
 from evlecg.data.readers import READERS, Reader, Reading, ReadOptions, Rejected, Source, detect, find_reader, home_of
 from evlecg.data.store import FORMAT_VERSION, Prepared, fingerprint, is_prepared, read_manifest
@@ -35,7 +35,9 @@ from evlecg.schema import Record
 SILENT = Progress()
 MOST_WORKERS = 8  # one disk seldom feeds more
 WAIT_S = 0.2
-STALLED_S = 1800.0
+PATIENCE_S = 60.0  # how long the first process waits for a shard of the others before it reads them all by itself
+STALLED_S = 1800.0  # how long the others wait for the first one
+JOINING_S = 10.0  # processes of one launch start within that time of each other
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def prepare(
     task = _Task(dataset, opened.root if opened else None, options, None if published_hz else fs, partial)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank:
-        return _help(task, plan, out, workers, rank, world)
+        return _help(task, plan, out, workers, rank, world, overwrite)
 
     with kept_folder(out, overwrite, keep=lambda folder: _has_plan(folder, plan)) as folder:
         if overwrite and out.is_dir() and any(out.iterdir()) and not is_prepared(out):
@@ -212,7 +214,9 @@ def prepare(
         n_shards = _read_shards(worker, workers, rank, world, progress)
         if not n_shards:
             raise EvlecgError("the dataset is empty: no record was found", where=source or dataset, hint=reader.needs)
-        _await(lambda: sum(not part_path(folder, number).exists() for number in range(n_shards)))
+        if not _await(lambda: sum(not part_path(folder, number).exists() for number in range(n_shards)), PATIENCE_S):
+            progress.info("the other processes are gone or were never there: reading their shards here")
+            _read_shards(_Worker(task), workers, 0, 1, SILENT)
         manifest = assemble(
             folder,
             n_shards,
@@ -238,23 +242,18 @@ class _Worker:
     def write(self, number: int, entries: list[Any], advance: Callable[[int], None] | None = None) -> int:
         """Writes one shard and returns how many entries it has."""
         results = self._results(entries, advance or (lambda n: None))
-        return write_shard(self.task.folder, number, results, files=self.files)
+        return write_shard(self.task.folder, number, results, to_hz=self.task.resample_hz, files=self.files)
 
     def files(self) -> list[tuple[str, int, str]]:
         return self.source.taken() if self.source else []
 
     def _results(self, entries: list[Any], advance: Callable[[int], None]) -> Iterator[Record | Rejected]:
-        to_hz = self.task.resample_hz
         for item in self.reading.records(entries):
             advance(1)
             if isinstance(item, Rejected):
                 yield item
             elif not (item.labels or item.questions or (self.reader.unlabelled and item.report)):
                 yield Rejected(item.id, "none of the wanted labels was assessed", fault=False)
-            elif to_hz and not item.image and item.fs_hz != to_hz:
-                signal_mV = resampled(item.signal_mV, item.fs_hz, to_hz)
-                said = f"resampled: {item.fs_hz:g} to {to_hz} Hz"
-                yield replace(item, signal_mV=signal_mV, fs_hz=float(to_hz), repairs=(*item.repairs, said))
             else:
                 yield item
 
@@ -265,7 +264,16 @@ _worker: _Worker | None = None  # of a worker process
 def _start_worker(task: _Task) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
+    threading.Thread(target=_end_with_main, daemon=True).start()
     _worker = _Worker(task)
+
+
+def _end_with_main() -> None:
+    """Ends this worker when the main process is gone: one that was killed cannot say so."""
+    main = parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _work(number: int, entries: list[Any]) -> int:
@@ -286,9 +294,10 @@ class _Shards:
         while entries := list(itertools.islice(self._entries, self._size)):
             number = self.n_shards
             self.n_shards += 1
+            own = number % self._world == self._rank
             found = part_path(self._folder, number).exists()
-            self.n_found += found
-            if not found and number % self._world == self._rank:
+            self.n_found += found and own
+            if own and not found:
                 yield number, entries
             else:
                 self._advance(len(entries))
@@ -344,19 +353,33 @@ def _cores() -> int:
     return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _help(task: _Task, plan: dict[str, Any], out: Path, workers: int | None, rank: int, world: int) -> PrepareSummary:
+def _help(
+    task: _Task, plan: dict[str, Any], out: Path, workers: int | None, rank: int, world: int, overwrite: bool
+) -> PrepareSummary:
     """What the other processes of a launcher do: read their shards, then wait for the first one to finish."""
 
     def done() -> PrepareSummary | None:
         return None if task.folder.exists() else _finished(out, plan)
 
-    _await(lambda: not (_has_plan(task.folder, plan) or done()))
+    if overwrite:  # the folder that is there may be the one to be replaced
+        _await(lambda: not _has_plan(task.folder, plan), JOINING_S)
+    _await_first(lambda: not (_has_plan(task.folder, plan) or done()))
     if _has_plan(task.folder, plan):
         _read_shards(_Worker(task), workers, rank, world, SILENT)
-    _await(lambda: not done())
+    _await_first(lambda: not done())
     summary = done()
     assert summary is not None
     return summary
+
+
+def _await_first(missing: Callable[[], int]) -> None:
+    """Waits for the first process.
+
+    Raises:
+        RunFailed: nothing came of it.
+    """
+    if not _await(missing, STALLED_S):
+        raise RunFailed(f"waited {STALLED_S:g} s for the first process", hint="run it again: it goes on from here")
 
 
 def _has_plan(folder: Path, plan: dict[str, Any]) -> bool:
@@ -365,22 +388,17 @@ def _has_plan(folder: Path, plan: dict[str, Any]) -> bool:
     return False
 
 
-def _await(missing: Callable[[], int]) -> None:
-    """Waits for other processes until nothing is missing any more.
-
-    Raises:
-        RunFailed: for `STALLED_S` nothing changed.
-    """
+def _await(missing: Callable[[], int], patience_s: float) -> bool:
+    """Waits for other processes until nothing is missing any more; False where nothing changed for `patience_s`."""
     last, since_s = missing(), time.monotonic()
     while last:
         time.sleep(WAIT_S)
         now = missing()
         if now != last:
             last, since_s = now, time.monotonic()
-        if time.monotonic() - since_s > STALLED_S:
-            raise RunFailed(
-                f"waited {STALLED_S:g} s for the other processes", hint="run it again: it goes on from here"
-            )
+        if time.monotonic() - since_s > patience_s:
+            return False
+    return True
 
 
 def _finished(out: Path, plan: dict[str, Any]) -> PrepareSummary | None:

@@ -162,6 +162,16 @@ class TransportConfig:
     position: float = _key(1.0, "cost of a squared page distance of 1, in mean costs; steers the plan only", low=0)
     lead: float = _key(0.5, "cost of leaving the lead, in mean costs; steers the plan only", low=0)
     normalise: bool = _key(True, "layer-normalise both sides before comparing")
+    marginals: str = _key(
+        "uniform", "mass of the tokens: all the same, or every lead the same", choices=("uniform", "lead")
+    )
+    relax: float | None = _key(None, "cost of departing from the marginals, in mean costs; null: they hold", low=1e-3)
+    solver: str = _key(
+        "sinkhorn",
+        "entropic transport, or fused Gromov-Wasserstein through POT (slow; an experiment)",
+        choices=("sinkhorn", "fused_gromov"),
+    )
+    structure: float = _key(0.5, "fused_gromov: share of the distances within each side", low=0)
 
 
 @dataclass(frozen=True)
@@ -337,12 +347,17 @@ class _Null:
     """An explicit null of `--set key=null`, told apart from a flag that was not given."""
 
 
-def shipped_recipes() -> dict[str, Any]:
-    """Name -> readable file of every recipe inside the package."""
-    folder = resources.files("evlecg") / "recipes"
+def recipe_folder() -> Path:
+    """Where the shipped recipes and studies lie."""
+    folder = Path(str(resources.files("evlecg"))) / "recipes"
     if not folder.is_dir():  # a source checkout: the wheel maps ../recipes to evlecg/recipes
         folder = Path(__file__).resolve().parent.parent / "recipes"
-    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+    return folder
+
+
+def shipped_recipes() -> dict[str, Any]:
+    """Name -> readable file of every recipe inside the package."""
+    return {item.name.removesuffix(".yaml"): item for item in recipe_folder().iterdir() if item.name.endswith(".yaml")}
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:

@@ -116,7 +116,9 @@ class Side:
     `inputs` goes to the model unchanged; the rest says what the positions of `Outputs.hidden_BSD` mean. A row holds one
     page and one or several questions about it (`block` 1, 2, ... after the shared prefix 0), which do not see one
     another. Where a family keeps its image out of the text (cross-attention, encoder and decoder), and where a model
-    has no text at all (classifiers), positions are laid out as if it did: visual tokens first, then every question.
+    has no text at all (classifiers), positions are laid out as if it did: visual tokens first, then every question
+    (models/apart.py). Visual tokens of another width than the text's are no positions of that tensor: then
+    `visual_BS` is False everywhere, while the boxes and `Outputs.visual_BND` describe them all the same.
 
     Attributes:
         inputs: the model's keyword arguments, whatever the processor returned, padded on the right.
@@ -127,7 +129,7 @@ class Side:
         answer_A2: int, (row, position) of every answer token, end-of-turn marks included, in reading order; the state
             one position before it predicts it.
         answer_ids_A: int, the ids of those tokens.
-        visual_BS: bool, True where a visual token stands.
+        visual_BS: bool, True where a visual token stands; as many as there are boxes in the row, or none at all.
         visual_box_BN4: box x0, y0, x1, y1 in [0,1] of every visual token (0 0 0 0 where it sees padding), on the
             paper: where a page was turned or shifted, that is undone.
         visual_mask_BN: bool, False for padding and for tokens that see no part of the paper.
@@ -171,7 +173,8 @@ class Outputs:
 
     Attributes:
         hidden_BSD: last hidden state (after the final norm), every position.
-        visual_BND: hidden states of the chosen layer at the visual positions, padded on the right.
+        visual_BND: hidden states of the chosen layer at the visual positions, padded on the right; where a text
+            attends to visual tokens from outside of it, what it attends to (the same for every layer).
         projected_BND: the projector's output, that is, what enters the language model at those positions.
         answer_logits_AV: logits that predict the tokens at `Side.answer_A2`.
         side: the half of the batch they were computed from.
@@ -195,11 +198,13 @@ class ModelFacts:
         vocab_size: answers that its head tells apart (rows of the output head).
         tokens: bytes of every row of the output head, None where it stands for no text; empty where nobody asked
             (objectives with `reads_tokens` do).
+        visual_width: of its visual tokens, where they have one of their own; None: `width`.
     """
 
     width: int
     vocab_size: int
     tokens: tuple[bytes | None, ...] = ()
+    visual_width: int | None = None
 
 
 @dataclass(frozen=True)

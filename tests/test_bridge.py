@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaConfig, PreTrainedTokenizerFast
 
 from evlecg.losses.bridge import END, answer_groups, class_log_probabilities, shared_classes
 from evlecg.models import load as loading
@@ -70,7 +69,10 @@ def encoder(kind: str) -> Encoder:
     if kind not in _ENCODERS:
         build, template, image = KINDS[kind]
         tokenizer = build()
-        checkpoint = SimpleNamespace(name=kind, image_token_id=tokenizer.convert_tokens_to_ids(image))
+        checkpoint = loading.Checkpoint(
+            name=kind, source="", model_type="llava", config=LlavaConfig(), trained=False, width=8,
+            vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(image),
+        )  # fmt: skip
         _ENCODERS[kind] = Encoder(checkpoint, _Template(tokenizer, template), size_px=(56, 56))
     return _ENCODERS[kind]
 

@@ -105,3 +105,20 @@ def test_json_goes_to_stdout_alone(evlecg):
     code, out, err = evlecg("prepare", "--dataset", "synthetic", "--out", "data/s", "--json")
     assert code == 2 and err.startswith("error:")
     assert "counts differ" in json.loads(out)["error"]["what"]
+
+
+def test_the_catalogue_says_what_each_dataset_needs(evlecg):
+    code, out, _ = evlecg("prepare", "--list", "--json")
+    known = json.loads(out)
+    assert code == 0 and {"ptbxl", "cpsc2018", "cpsc2018-extra", "ptb", "georgia", "chapman-ningbo", "cinc2020",
+                          "cinc2021", "code15", "ludb", "mimic-iv-ecg", "wfdb", "dicom", "ecgqa", "ecginstruct",
+                          "ecg-grounding", "ecgbench"} <= set(known)  # fmt: skip
+    _, text, _ = evlecg("prepare", "--list")
+    lines = {line.partition(":")[0]: line for line in text.splitlines() if not line.startswith(" ")}
+    for name, about in known.items():
+        assert about["licence"] and about["licence"] in lines[name]
+        assert name in ("wfdb", "dicom") or about["citation"]
+        assert "GB" in lines[name] or "as large as" in lines[name]
+        if about["records"] and about["labels"]:  # 12 leads of 16 bits, 5 s at 250 Hz at the least
+            assert about["prepared_GB"] * 1e9 > 12 * 2 * 5 * 250 * about["records"], name
+            assert about["prepared_GB"] <= about["download_GB"] * 1.05, name

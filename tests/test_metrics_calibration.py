@@ -215,6 +215,8 @@ def test_scores_of_0_and_1_are_read() -> None:
     value_N1 = np.array([[0.0], [1.0], [1.0], [0.0], [0.3], [0.6]])
     validation = Scored(value_N1, np.array([[0.0], [1], [0], [0], [1], [1]]), list("abcdef"), ("A",))
     for fit in (fit_temperature(validation), fit_platt(validation)):
+        assert fit.slope["A"] is not None
+        assert np.isfinite(fit.nll_before["A"])
         assert np.isfinite(fit.apply_in_sample(validation).value_NK).all()
 
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from evlecg.errors import EvlecgError
 from evlecg.losses.objective import METHODS, CeObjective, EvlObjective, answer_cross_entropy
 from evlecg.losses.relation import page_grid
+from evlecg.losses.transport import token_lead
 from evlecg.recipe import AlignmentConfig, ObjectiveConfig, RelationConfig, TransportConfig
 from evlecg.schema import Batch, ModelFacts, Outputs, Side
 from tests.test_alignment import Head, make_side, seeded
@@ -232,12 +233,42 @@ def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
         (replace(ALL, alpha=1.5), "objective.alpha"),
         (replace(ALL, align=AlignmentConfig(heads=3)), "objective.align.heads"),
         (ObjectiveConfig(lambda_m=0, relation=RelationConfig(source="aligned")), "objective.relation.source"),
+        (ObjectiveConfig(strict=True, transport=TransportConfig(relax=1.0)), "objective.transport"),
+        (ObjectiveConfig(strict=True, transport=TransportConfig(marginals="lead")), "objective.transport"),
+        (ObjectiveConfig(transport=TransportConfig(solver="fused_gromov", relax=1.0)), "objective.transport.relax"),
+        (ObjectiveConfig(transport=TransportConfig(structure=1.5)), "objective.transport.structure"),
     ],
 )
 def test_impossible_configurations_say_where(config: ObjectiveConfig, where: str) -> None:
     with pytest.raises(EvlecgError) as caught:
         build(config)
     assert caught.value.where == where and caught.value.hint
+
+
+def test_transport_options_reach_the_plan() -> None:
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    losses, plans = [], []
+    options = (
+        {"relax": 0.1},
+        {"marginals": "lead"},
+        {"solver": "fused_gromov"},
+        {"solver": "fused_gromov", "structure": 0},
+    )
+    for option in ({}, *options):
+        config = replace(ALL, lambda_m=0, lambda_r=0, transport=TransportConfig(epsilon=0.2, **option))
+        objective = build(config)
+        transport = objective._transport(objective.projection, student, teacher, batch)
+        losses.append(float(transport.loss.detach()))
+        plans.append(transport.plan_BNM)
+    assert len({round(loss, 9) for loss in losses[:4]}) == 4
+    assert float(plans[1].sum((1, 2)).max()) < 0.99  # relaxed: not all of the mass is carried
+    leads = token_lead(batch.student.visual_box_BN4, batch.student.visual_mask_BN, batch.student.cell_box_BC4,
+                       batch.cell_lead_C)  # fmt: skip
+    for row, lead in zip(plans[2].sum(1), leads, strict=True):
+        shown = [float(row[lead == index].sum()) for index in set(lead.tolist()) - {-1}]
+        assert shown == pytest.approx([shown[0]] * len(shown), abs=1e-6) and shown[0] > 0
+    assert_close(plans[4], plans[0], atol=1e-5, rtol=0)  # no structure: the same transport
 
 
 def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
@@ -393,7 +424,7 @@ def test_diagnostics_are_plain_floats_and_do_not_touch_the_loss() -> None:
     assert all(type(value) is float for value in loud.diagnostics.values())
     assert set(loud.diagnostics) == {
         "mhca_variance_share", "student_variance_share", "anchor_accuracy", "mhca_rolled_gap", "anchor_rolled_gap",
-        "ot_entropy", "ot_marginal_error", "ot_mass_in_lead", "ot_rolled_gap", "rel_cells", "rel_rolled_gap",
+        "ot_entropy", "ot_marginal_error", "ot_mass", "ot_mass_in_lead", "ot_rolled_gap", "rel_cells", "rel_rolled_gap",
     }  # fmt: skip
     alone = make_batch(rows=1)
     terms = objective(*make_pair(alone), alone, output_head=head, diagnose=True)

@@ -281,6 +281,25 @@ def test_a_killed_job_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
     assert content(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_main_process(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]
+    job = subprocess.Popen([*command, "--train", "100000", "--workers", "2"], start_new_session=True)
+    parts = tmp_path / ".out.partial" / "parts"
+    while not list(parts.glob("*.blocks")) and job.poll() is None:  # until workers work
+        time.sleep(0.01)
+    os.kill(job.pid, how)  # it alone
+    assert job.wait() == -how
+    try:
+        for _ in range(300):
+            os.killpg(job.pid, 0)
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGKILL)
+        raise AssertionError("workers go on")
+    except ProcessLookupError:  # nobody is left
+        pass
+
+
 def test_processes_of_a_launcher_share_the_work(tmp_path: Path, whole: dict[str, bytes]) -> None:
     counts = [f"--{split}={count}" for split, count in COUNTS.items()]
     command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]
@@ -296,6 +315,33 @@ def test_processes_of_a_launcher_share_the_work(tmp_path: Path, whole: dict[str,
     assert [job.returncode for job in jobs] == [0, 0]
     assert content(tmp_path / "out") == whole
     assert json.loads(said[0])["n_kept"] == 750 and not said[1]  # one process speaks
+
+
+def test_shards_of_processes_that_never_come_are_read_by_the_first(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evlecg.prepare.PATIENCE_S", 0.3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    listener = Listener()
+    generated(tmp_path / "out", workers=1, progress=listener)
+    assert content(tmp_path / "out") == whole
+    assert any("reading their shards here" in said for said in listener.said)
+
+
+def test_a_folder_is_replaced_by_all_processes_of_a_launcher(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated(tmp_path / "out", workers=1)
+    counts = [f"--{split}={count}" for split, count in COUNTS.items()]
+    command = [sys.executable, "-m", "evlecg.cli", "prepare", "--dataset", "synthetic", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}  # it comes first, and finds the old folder
+    helper = subprocess.Popen([*command, *counts, "--overwrite", "--workers", "1"], env=environment)
+    time.sleep(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = Listener()
+    generated(tmp_path / "out", workers=1, overwrite=True, progress=said)
+    assert helper.wait(timeout=60) == 0 and content(tmp_path / "out") == whole
+    assert not any("reading their shards" in line for line in said.said)
 
 
 def test_two_jobs_do_not_write_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +378,31 @@ def test_signals_of_another_folder_are_left_out(tmp_path: Path) -> None:
     assert (summary.n_kept, summary.n_dropped) == (3, 2)
     reasons = [row["reason"] for row in Prepared.open(tmp_path / "out").quarantine()]
     assert reasons == [f"duplicate: the same signal as cpsc2018/A000{number}" for number in range(2)]
+
+
+def test_a_signal_is_recognised_at_another_rate(tmp_path: Path) -> None:
+    write_cpsc(tmp_path / "cpsc", 3)
+    prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "slow", fs=250)
+    for fs, first in ((None, "slow"), (200, "slow"), (250, "slow")):
+        with pytest.raises(EvlecgError, match=r"no record could be used .*duplicate \(3\)"):
+            prepare("cpsc2018", source=tmp_path / "cpsc", out=tmp_path / "out", fs=fs, exclude=[tmp_path / first])
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "copies"),
+    [
+        ("ptbxl", "ptbxl", {"HR00001": "00001", "HR00002": "00002", "HR00005": "00005", "HR00007": "00007"}),
+        ("ptb", "other", {"S0001": "s0010_re"}),  # 2000 steps a mV there, 1000 in the challenge
+    ],
+)
+def test_recorded_copies_in_the_challenge_are_recognised(
+    shared_data: Path, tmp_path: Path, name: str, folder: str, copies: dict[str, str]
+) -> None:
+    prepare(name, source=shared_data / folder, out=tmp_path / "first")
+    prepare("cinc2021", source=shared_data / "cinc2021", out=tmp_path / "out", exclude=[tmp_path / "first"])
+    reason = {row["id"]: row["reason"] for row in Prepared.open(tmp_path / "out").quarantine()}
+    found = {record: said for record, said in reason.items() if said.startswith("duplicate")}
+    assert found == {copy: f"duplicate: the same signal as {name}/{own}" for copy, own in copies.items()}
 
 
 def test_a_full_disk_keeps_what_is_done(

@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from evlecg.data.labels import resolve_labels
 from evlecg.data.readers import READERS, ReadOptions, Rejected, Source, home_of
 from evlecg.data.readers_base import Reading, split_of
-from evlecg.data.readers_code15 import ROWS_AT_ONCE, _TracingReader
+from evlecg.data.readers_code15 import BYTES_AT_ONCE, _TracingReader
 from evlecg.errors import EvlecgError
 from evlecg.prepare import prepare
 from evlecg.schema import Record
@@ -154,6 +154,7 @@ class _Counting:
     def __init__(self, n_rows: int, chunk_rows: int | None) -> None:
         self.chunks = None if chunk_rows is None else (chunk_rows, 64, 1)
         self.shape, self.n_rows_read, self.most_at_once = (n_rows, 8, 12), 0, 0
+        self.dtype = np.dtype("f8")
 
     def __getitem__(self, at: int | slice) -> np.ndarray:
         rows = np.arange(self.shape[0])[at if isinstance(at, slice) else slice(at, at + 1)]
@@ -163,14 +164,28 @@ class _Counting:
         return values if isinstance(at, slice) else values[0]
 
 
-@pytest.mark.parametrize(("chunk_rows", "at_once"), [(None, 1), (1, 1), (10, 10), (1000, ROWS_AT_ONCE)])
-def test_each_row_is_read_once_and_few_at_a_time(tmp_path: Path, chunk_rows: int | None, at_once: int) -> None:
+@pytest.mark.parametrize(("chunk_rows", "at_once"), [(None, 1), (1, 1), (10, 10), (1000, 40)])
+def test_each_row_is_read_once_and_few_at_a_time(
+    tmp_path: Path, chunk_rows: int | None, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evlecg.data.readers_code15.BYTES_AT_ONCE", 40 * 8 * 12 * 8)
     reader = _TracingReader(Source(tmp_path))
     dataset = _Counting(100, chunk_rows)
     reader._part, reader._tracings = "part", dataset  # type: ignore[assignment]
     for row in range(100):
         assert (reader.read_mV("part", row) == row).all()
     assert dataset.n_rows_read == 100 and dataset.most_at_once == at_once
+
+
+def test_a_chunk_is_read_by_one_worker(tmp_path: Path) -> None:
+    """A shard is whole chunks: 313 rows are what h5py chooses for 20,001 tracings."""
+    for chunk_rows, shard in ((313, 313), (64, 256), (100, 300), (2000, 341), (None, 256)):
+        with h5py.File(tmp_path / "exams_part0.hdf5", "w") as file:
+            chunks = None if chunk_rows is None else (chunk_rows, 64, 1)
+            file.create_dataset("tracings", (2001, N_SAMPLES, 12), np.float32, chunks=chunks)  # nothing is written
+        write_exams(tmp_path, [exam(1)])
+        assert open_at(tmp_path).shard == shard
+    assert BYTES_AT_ONCE // (N_SAMPLES * 12 * 4) == 341
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:

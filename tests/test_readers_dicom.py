@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, generate_uid
 
+from evlecg.data.identity import hashed
 from evlecg.data.readers import READERS, ReadOptions, Rejected, Source, home_of
 from evlecg.data.readers_base import Reading
-from evlecg.data.readers_table import hashed
 from evlecg.data.store import Prepared
 from evlecg.prepare import prepare
 from evlecg.schema import LEADS, Record

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from evlecg.data.identity import hashed
 from evlecg.data.readers import READERS, ReadOptions, Rejected, Source, detect, home_of
 from evlecg.data.readers_base import Reading, split_of
-from evlecg.data.readers_table import Table, hashed, holds_file, read_table
+from evlecg.data.readers_table import Table, holds_file, read_table
 from evlecg.data.store import Prepared
 from evlecg.errors import EvlecgError
 from evlecg.prepare import prepare
@@ -54,7 +55,7 @@ def test_folder_with_everything(tmp_path: Path) -> None:
     reading = open_at(tmp_path)
     assert reading.descriptions == {"AFIB": "atrial fibrillation", "old_scar": "an old scar", "STEMI": "STEMI"}
     found = read(tmp_path)
-    assert reasons(found) == {"stray": "no row in the label table"}
+    assert reasons(found) == {hashed("stray"): "no row in the label table"}
     first, second, third = (kept(found)[name] for name in ("ward1/a", "ward1/b", "ward2/c"))
     assert first.labels == {"AFIB": False, "old_scar": True}  # an empty cell was not assessed
     assert second.labels == {"AFIB": True, "old_scar": False, "STEMI": False}
@@ -79,10 +80,10 @@ def test_missing_ambiguous_and_escaping_records(tmp_path: Path) -> None:
     found = list(open_at(folder).records())
     assert [(item.id, item.reason, item.fault) for item in found if isinstance(item, Rejected)] == [
         ("a", "ambiguous: several records of this name, give the path", True),
-        ("gone", "listed, but not in this folder", False),
-        ("../secret", "a file name leads out of the source folder", True),
-        ("/etc/passwd", "a file name leads out of the source folder", True),
-        ("../other", "a file name leads out of the source folder", True),
+        (hashed("gone"), "listed, but not in this folder", False),
+        (f"../{hashed('secret')}", "a file name leads out of the source folder", True),
+        (f"/{hashed('etc')}/{hashed('passwd')}", "a file name leads out of the source folder", True),
+        (f"../{hashed('other')}", "a file name leads out of the source folder", True),
     ]
     assert [item.id for item in found if isinstance(item, Record)] == ["x/a"]
 
@@ -179,6 +180,31 @@ def test_prepared_from_a_table_elsewhere(tmp_path: Path) -> None:
     assert folder.record_ids[0] == "sub/r0" and set(folder.patient_ids) == {hashed(f"H{k}") for k in range(3)}
     assert "H1" not in (tmp_path / "out" / "records.jsonl").read_text()
     assert folder.record(0).split == split_of(hashed("H0"), 0)
+
+
+def test_nobody_is_named(tmp_path: Path) -> None:
+    """Hospital files: people in file names, numbers and reports; also where a record is refused."""
+    rng = np.random.default_rng(0)
+    names = ("Mueller Änna_1954-03-02", "20200512_7", "A0003", "Broken_Bert")
+    for name in names:
+        steps = rng.normal(0, 300, (12, 5000)).astype("<i2")
+        comments = ("Name: Mueller", "Date: 12-May-2020", "Age: 56")
+        write_wfdb(tmp_path / "in", name, steps if name != "Broken_Bert" else 0 * steps, comments=comments)
+        (tmp_path / "in" / f"{name}.hea").write_text(  # names with blanks cannot stand in a header
+            (tmp_path / "in" / f"{name}.hea").read_text(encoding="utf-8").replace(name, "r1"), encoding="utf-8"
+        )
+    report = "QTc 480 ms, caused by drugs. Confirmed by Dr. Weber on 12.05.2020. Old scar."
+    rows = [f'"{name}",4711{place},1,"{report}"' for place, name in enumerate(names)]
+    (tmp_path / "in" / "labels.csv").write_text("record,patient_id,AFIB,report\n" + "\n".join(rows), encoding="utf-8")
+    done = prepare("wfdb", source=tmp_path / "in", out=tmp_path / "out", workers=1)
+    assert (done.n_kept, done.n_rejected) == (3, 1)
+    folder = Prepared.open(tmp_path / "out")
+    assert folder.record_ids == (hashed(names[0]), hashed(names[1]), "A0003")
+    assert folder.record(0).report == "QTc 480 ms, caused by drugs. Old scar"
+    assert folder.record(0).repairs == ("1 statements left out: they may name someone",)
+    for path in (tmp_path / "out").glob("*.json*"):
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in ("Mueller", "Bert", "1954", "2020", "Weber", "4711") if word in text], path.name
 
 
 def test_real_folder_with_its_own_table(shared_data: Path) -> None:

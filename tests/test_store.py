@@ -193,6 +193,21 @@ def test_pictures_and_questions_come_back(tmp_path: Path) -> None:
     assert prepared.manifest["splits"]["train"]["questions"] == 2
 
 
+def test_two_subsets_may_ask_about_one_picture(tmp_path: Path) -> None:
+    """Its other questions are kept; a copy without any, or in another split, is not."""
+    blank = np.zeros((12, 0), np.float32)
+
+    def about(number: int, split: str, *texts: str) -> Record:
+        questions = tuple(Question(text, "a") for text in texts)
+        return record(number, split, "p", signal_mV=blank, labels={}, image=b"\x89PNG", questions=questions)
+
+    other = record(3, "test", "q", signal_mV=blank, labels={}, image=b"\x89PNG", questions=(Question("Why?", "a"),))
+    write(tmp_path / "out", [about(0, "train", "Rate?"), about(1, "train", "Axis?"), about(2, "train"), other])
+    prepared = Prepared.open(tmp_path / "out")
+    assert prepared.record_ids == ("r0", "r1") and prepared.questions(1)[0].text == "Axis?"
+    assert [row["id"] for row in prepared.quarantine()] == ["r2", "r3"]
+
+
 def test_what_cannot_be_used_leaves_an_error(tmp_path: Path) -> None:
     with pytest.raises(EvlecgError, match=r"no record could be used .*flat \(1\)"):
         write(tmp_path / "out", [Rejected("r1", "flat: V1")])

@@ -7,8 +7,6 @@ from typing import Any
 from evlecg.data.labels import EQUIVALENCES, LABEL_SETS, LABELS, SNOMED
 from evlecg.data.readers import READERS
 
-PREPARED_BYTES = 12 * 2 * 500 * 10  # a usual record: 12 leads, int16, 500 Hz, 10 s
-
 
 def datasets() -> dict[str, dict[str, Any]]:
     """Dataset name -> title, records, sizes in GB (1e9 bytes), access, licence, citation, address, commands."""
@@ -17,7 +15,7 @@ def datasets() -> dict[str, dict[str, Any]]:
             "title": reader.title,
             "records": reader.n_records,
             "download_GB": reader.download_GB,
-            "prepared_GB": round(reader.n_records * PREPARED_BYTES / 1e9, 1) if reader.n_records else None,
+            "prepared_GB": reader.prepared_GB,
             "access": reader.access,
             "licence": reader.licence,
             "citation": reader.citation,

@@ -48,7 +48,8 @@ class Reader:
             detected only where nothing else is.
         rates_hz: sampling rates that were published; empty where there is no choice.
         n_records: as published (dialogue items, for dialogue datasets); None where it depends on what the user brings.
-        download_GB: about how large it is, in 1e9 bytes of signals; None where it depends on the user.
+        download_GB: about how large it is on disk, unpacked, in 1e9 bytes; None where it depends on the user.
+        prepared_GB: about how large the prepared folder of all of it is; None where it depends on the user.
         unlabelled: its records may have no labels, only a report.
         access: "open", or what a reader has to do first ("PhysioNet credentialed", ...).
     """
@@ -67,6 +68,7 @@ class Reader:
     rates_hz: tuple[int, ...] = ()
     n_records: int | None = None
     download_GB: float | None = None
+    prepared_GB: float | None = None
     access: str = "open"
     unlabelled: bool = False
 
@@ -112,6 +114,7 @@ READERS: dict[str, Reader] = {
         labels="ptbxl-super+ptbxl-rhythm",
         open=_open_synthetic,
         is_home=None,
+        prepared_GB=0.2,
     ),
     "ludb": Reader(
         title="LUDB 1.0.1",
@@ -125,6 +128,7 @@ READERS: dict[str, Reader] = {
         is_home=is_ludb,
         n_records=200,
         download_GB=0.03,
+        prepared_GB=0.03,
     ),
     "ptbxl": Reader(
         title="PTB-XL 1.0.3",
@@ -139,6 +143,7 @@ READERS: dict[str, Reader] = {
         rates_hz=(500, 100),
         n_records=21799,
         download_GB=3.1,
+        prepared_GB=2.7,
     ),
     "cpsc2018": Reader(
         title="CPSC 2018",
@@ -153,6 +158,7 @@ READERS: dict[str, Reader] = {
         merge=True,
         n_records=6877,
         download_GB=1.3,
+        prepared_GB=1.3,
     ),
     "cpsc2018-extra": Reader(
         title="CPSC 2018 Extra (PhysioNet/CinC 2021 1.0.3)",
@@ -167,6 +173,7 @@ READERS: dict[str, Reader] = {
         merge=True,
         n_records=3453,
         download_GB=0.7,
+        prepared_GB=0.7,
     ),
     "georgia": Reader(
         title="Georgia 12-lead challenge database (PhysioNet/CinC 2021 1.0.3)",
@@ -181,6 +188,7 @@ READERS: dict[str, Reader] = {
         merge=True,
         n_records=10344,
         download_GB=1.3,
+        prepared_GB=1.2,
     ),
     "chapman-ningbo": Reader(
         title="Chapman-Shaoxing and Ningbo 12-lead ECGs (ecg-arrhythmia 1.0.0)",
@@ -195,6 +203,7 @@ READERS: dict[str, Reader] = {
         merge=True,
         n_records=45152,
         download_GB=5.5,
+        prepared_GB=5.4,
     ),
     "ptb": Reader(
         title="PTB Diagnostic ECG Database 1.0.0",
@@ -209,6 +218,7 @@ READERS: dict[str, Reader] = {
         merge=True,
         n_records=549,
         download_GB=1.7,
+        prepared_GB=1.4,
     ),
     "incart": Reader(
         title="St Petersburg INCART 12-lead database (PhysioNet/CinC 2021 1.0.3)",
@@ -223,6 +233,7 @@ READERS: dict[str, Reader] = {
         merge=True,
         n_records=74,
         download_GB=0.8,
+        prepared_GB=0.8,
     ),
     "cinc2021": Reader(
         title="PhysioNet/CinC Challenge 2021 1.0.3",
@@ -230,13 +241,15 @@ READERS: dict[str, Reader] = {
         citation=_CINC2021,
         url=_CINC2021_URL,
         get=_wget("challenge-2021/1.0.3/training", "cinc2021/training"),
-        needs="training/COHORT/..., or headers with their .mat files (folders below are searched)",
+        needs="training/COHORT/..., or headers with their .mat files (folders below are searched); "
+        "with --signals ptb-xl=DIR, PTB-XL's patients and folds are used",
         labels="cinc2021-26",
         open=open_cinc2021,
         is_home=is_cinc,
         merge=True,
         n_records=88253,
         download_GB=13.5,
+        prepared_GB=13.4,
     ),
     "cinc2020": Reader(
         title="PhysioNet/CinC Challenge 2020 1.0.2",
@@ -244,13 +257,15 @@ READERS: dict[str, Reader] = {
         citation="Perez Alday et al., Physiological Measurement 41:124003, 2020, doi:10.1088/1361-6579/abc960",
         url="https://physionet.org/content/challenge-2020/1.0.2/",
         get=_wget("challenge-2020/1.0.2/training", "cinc2020/training"),
-        needs="training/COHORT/..., or headers with their .mat files (folders below are searched)",
+        needs="training/COHORT/..., or headers with their .mat files (folders below are searched); "
+        "with --signals ptb-xl=DIR, PTB-XL's patients and folds are used",
         labels="cinc2020-24",
         open=open_cinc2020,
         is_home=is_cinc,
         merge=True,
         n_records=43101,
         download_GB=8.0,
+        prepared_GB=8.0,
     ),
     "code15": Reader(
         title="CODE-15% 1.0.0",
@@ -268,6 +283,7 @@ READERS: dict[str, Reader] = {
         is_home=is_code15,
         n_records=345_779,
         download_GB=68.0,
+        prepared_GB=34,
     ),
     "mimic-iv-ecg": Reader(
         title="MIMIC-IV-ECG 1.0 (labels: the cart's own statements)",
@@ -281,6 +297,7 @@ READERS: dict[str, Reader] = {
         is_home=is_mimic,
         n_records=800_035,
         download_GB=96.0,
+        prepared_GB=97,
         unlabelled=True,
     ),
     "ecgqa": Reader(
@@ -307,7 +324,7 @@ READERS: dict[str, Reader] = {
     ),
     "ecginstruct": Reader(
         title="ECGInstruct",
-        licence="as its card says; made from MIMIC-IV-ECG, PTB-XL and CODE-15%",
+        licence="Apache-2.0 (dialogues; pictures of MIMIC-IV-ECG, PTB-XL and CODE-15% under their own)",
         citation="Liu et al., Teach Multimodal LLMs to Comprehend Electrocardiographic Images, 2024, arXiv:2410.19008",
         url="https://huggingface.co/datasets/PULSE-ECG/ECGInstruct",
         get=(
@@ -320,6 +337,7 @@ READERS: dict[str, Reader] = {
         is_home=partial(is_llava, dataset="ecginstruct"),
         n_records=1_156_110,
         download_GB=41.3,
+        prepared_GB=40,
     ),
     "ecg-grounding": Reader(
         title="ECG-Grounding",
@@ -348,7 +366,7 @@ READERS: dict[str, Reader] = {
     ),
     "ecgbench": Reader(
         title="ECGBench",
-        licence="as its card says; made from PTB-XL, CPSC 2018, CSN, G12EC, CODE-15% and published pictures",
+        licence="none in its card; made from PTB-XL, CPSC 2018, CSN, G12EC, CODE-15% and published pictures",
         citation="Liu et al., Teach Multimodal LLMs to Comprehend Electrocardiographic Images, 2024, arXiv:2410.19008",
         url="https://huggingface.co/datasets/PULSE-ECG/ECGBench",
         get=("hf download PULSE-ECG/ECGBench --repo-type dataset --local-dir data/ecgbench",),
@@ -357,6 +375,8 @@ READERS: dict[str, Reader] = {
         open=open_ecgbench,
         is_home=is_ecgbench,
         n_records=11_247,
+        download_GB=14.4,
+        prepared_GB=14.4,
     ),
     "dicom": Reader(
         title="a folder of DICOM ECG waveforms",

@@ -8,7 +8,9 @@ Patients are not identified, so a record counts as a patient of its own, except 
 - INCART and PTB have several records of most patients, and the challenge kept the order of the original databases:
   S0001 holds the samples of patient001/s0010_re, I0036 is the only number that is missing. Their numbers of records a
   patient (`INCART_RUNS`, `PTB_RUNS`) hence give the patient.
-- HRnnnnn is PTB-XL's ecg_id nnnnn: with ptbxl_database.csv at the top of the folder, its patients and folds are used.
+- HRnnnnn is PTB-XL's ecg_id nnnnn: with ptbxl_database.csv at the top of the folder, or in the user's copy of PTB-XL
+  (`--signals ptb-xl=DIR`), its patients and folds are used. Without it, a patient with several records there may be in
+  two splits.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ TRUE_GAIN = 1000.0
 LAST_CHAPMAN = 10646  # JS numbers above it are Ningbo
 SIDECAR = "labels.csv"
 _PTBXL_TABLE = "ptbxl_database.csv"
+PTBXL_ROOTS = ("ptb-xl", "ptbxl")  # names under which the user's copy may be given
 _NAMES = (
     (re.compile(r"A\d{4}"), "A"),
     (re.compile(r"Q\d{4}"), "Q"),
@@ -161,12 +164,13 @@ def open_cohorts(letters: str, source: Source, options: ReadOptions) -> Reading:
     def read(entry: CincEntry) -> Record:
         return read_cinc(source, entry, labels, options.seed)
 
-    return Reading(None, Listing(lambda: list_cinc(source, letters, source.find(".hea"))), lambda entry: entry.id, read)
+    entries = Listing(lambda: list_cinc(source, letters, source.find(".hea"), options))
+    return Reading(None, entries, lambda entry: entry.id, read)
 
 
-def list_cinc(source: Source, letters: str, headers: list[str]) -> list[CincEntry]:
+def list_cinc(source: Source, letters: str, headers: list[str], options: ReadOptions) -> list[CincEntry]:
     """Entries of those headers that belong to some cohorts (all for "")."""
-    listed, ptbxl = _read_sidecar(source), _read_ptbxl_table(source)
+    listed, ptbxl = _read_sidecar(source), _read_ptbxl_table(source, options)
     entries = []
     for header in headers:
         name, cohort = stem_of(header), cohort_of(header)
@@ -215,8 +219,10 @@ def _read_sidecar(source: Source) -> dict[str, tuple[str, ...]]:
     return {row["record"]: tuple(item for item in (row["labels"] or "").split("|") if item) for row in rows}
 
 
-def _read_ptbxl_table(source: Source) -> dict[str, tuple[str, str]]:
-    """HR name -> patient and split, where the challenge's tree has PTB-XL's table at its top."""
+def _read_ptbxl_table(source: Source, options: ReadOptions) -> dict[str, tuple[str, str]]:
+    """HR name -> patient and split, from PTB-XL's table at the top of the tree, or in the user's copy of PTB-XL."""
+    copies = [Source(folder) for name, folder in options.signals.items() if name in PTBXL_ROOTS]
+    source = next((place for place in (source, *copies) if place.exists(_PTBXL_TABLE)), source)
     if not source.exists(_PTBXL_TABLE):
         return {}
     return {

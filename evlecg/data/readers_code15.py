@@ -42,7 +42,8 @@ LABEL_COLUMNS = {  # column -> label
     "normal_ecg": "NORM",
 }
 NEEDED = ("exam_id", "age", "is_male", "patient_id", "trace_file", *LABEL_COLUMNS)
-ROWS_AT_ONCE = 32  # 6 MB; a chunk of more rows is unpacked several times over
+SHARD = 256
+BYTES_AT_ONCE = 64 << 20  # of tracings stored in chunks: 341 of them; larger chunks are read several times over
 _PART = re.compile(r"exams_part(\d+)\.(?:hdf5|h5)")
 _NO_AGE = -1
 
@@ -93,7 +94,41 @@ def open_code15(source: Source, options: ReadOptions) -> Reading:
             repairs=mended.repairs,
         )
 
-    return Reading(None, Lazy(lambda: _entries(source)), lambda entry: str(entry.exam_id), read)
+    return Reading(
+        None, Lazy(lambda: _entries(source)), lambda entry: str(entry.exam_id), read, shard=_shard_size(source)
+    )
+
+
+def _rows_at_once(tracings: h5py.Dataset) -> int:
+    """Rows of a chunk, as far as they may be held: a chunk is read and unpacked whole."""
+    rows = tracings.chunks[0] if tracings.chunks else 1
+    row_bytes = int(np.prod(tracings.shape[1:])) * tracings.dtype.itemsize
+    return max(1, min(rows, BYTES_AT_ONCE // row_bytes))
+
+
+def _shard_size(source: Source) -> int:
+    """Entries a shard: whole chunks, so that two workers seldom read the same one."""
+    import h5py
+
+    for path in _parts(source)[:1]:
+        try:
+            with h5py.File(source.path(path), "r", locking=False) as file:
+                tracings = file["tracings"]
+                if isinstance(tracings, h5py.Dataset) and tracings.ndim == 3 and tracings.chunks:
+                    rows = _rows_at_once(tracings)
+                    return -(-SHARD // rows) * rows
+        except (OSError, KeyError):
+            pass  # said where it is read
+    return SHARD
+
+
+def _parts(source: Source) -> list[str]:
+    """Paths of the parts, by number."""
+    found: dict[int, str] = {}
+    for path in source.find((".hdf5", ".h5")):
+        if match := _PART.fullmatch(path.rpartition("/")[2]):
+            found.setdefault(int(match[1]), path)
+    return [found[number] for number in sorted(found)]
 
 
 class _TracingReader:
@@ -120,7 +155,7 @@ class _TracingReader:
         if tracings.chunks is None:
             return np.ascontiguousarray(np.asarray(tracings[row], np.float32).T)
         if not self._first <= row < self._first + len(self._rows):
-            step = min(tracings.chunks[0], ROWS_AT_ONCE)
+            step = _rows_at_once(tracings)
             self._first = row // step * step
             self._rows = np.asarray(tracings[self._first : self._first + step])
         return np.ascontiguousarray(self._rows[row - self._first].T, np.float32)
@@ -142,12 +177,8 @@ class _TracingReader:
 def _entries(source: Source) -> Iterator[_Entry]:
     exams, trace_files = _read_exams(source)
     seen = np.zeros(len(exams), bool)
-    on_disk = {}
-    for path in source.find(".hdf5") + source.find(".h5"):
-        if match := _PART.fullmatch(path.rpartition("/")[2]):
-            on_disk.setdefault(int(match[1]), path)
-    for number in sorted(on_disk):
-        part = on_disk[number]
+    on_disk = _parts(source)
+    for part in on_disk:
         part_ids = _part_ids(source, part)
         if part_ids is None:  # an interrupted download: all exams that it should hold
             name = part.rpartition("/")[2]
@@ -173,7 +204,7 @@ def _entries(source: Source) -> Iterator[_Entry]:
                 bool(exam["male"]),
                 int(exam["labels"]),
             )
-    present = {path.rpartition("/")[2] for path in on_disk.values()}
+    present = {path.rpartition("/")[2] for path in on_disk}
     for place in np.flatnonzero(~seen):
         name = trace_files[exams["part"][place]]
         reason = "listed, but not in its part" if name in present else f"part not in this copy: {name}"

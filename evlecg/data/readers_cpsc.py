@@ -68,12 +68,13 @@ def open_cpsc2018(source: Source, options: ReadOptions) -> Reading:
             return read_cinc(source, entry, labels, options.seed)
         return _read_native(source, entry, options)
 
-    return Reading(None, Listing(lambda: _list(source)), lambda entry: entry.id, read)
+    return Reading(None, Listing(lambda: _list(source, options)), lambda entry: entry.id, read)
 
 
-def _list(source: Source) -> list[CincEntry] | list[_Native]:
+def _list(source: Source, options: ReadOptions) -> list[CincEntry] | list[_Native]:
     found = source.find((".hea", ".mat", ".csv"))
-    headers = list_cinc(source, "A", [path for path in found if path.endswith(".hea") and _ID.fullmatch(stem_of(path))])
+    named = [path for path in found if path.endswith(".hea") and _ID.fullmatch(stem_of(path))]
+    headers = list_cinc(source, "A", named, options)
     if headers:
         return headers
     classes: dict[str, frozenset[str]] = {}

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from evlecg.data.gates import Unfit, lead_index, mend
+from evlecg.data.identity import hashed, public_statements
 from evlecg.data.readers_base import Dropped, Lazy, Reading, ReadOptions, Source, parse_age, parse_sex, split_of
-from evlecg.data.readers_table import Row, hashed, holds_file, match_rows, read_table, wanted_labels
+from evlecg.data.readers_table import Row, holds_file, match_rows, read_table, wanted_labels
 from evlecg.schema import Record
 
 if TYPE_CHECKING:
@@ -52,14 +53,6 @@ _SAMPLE_TYPES = {
 }
 _AGE = re.compile(r"(\d{1,3})([DWMY])")
 _YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
-_IDENTIFYING = re.compile(
-    r"\d{1,4}[./-]\d{1,2}[./-]\d{2,4}"  # dates
-    r"|\d{1,2}[ .-]?(?:jan|feb|m[aä]r|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*[ .,-]*\d{2,4}"
-    r"|\d{1,2}:\d{2}|\d{5,}"  # times, long numbers
-    r"|\b(?:\w+ed by|by dr|dr|md|prof|mr|mrs|ms|physician|doctor|patient|name|id|mrn|ssn|dob|born|birth\w*|operator|"
-    r"technician|nurse|hospital|clinic|ward|room|bed|address|phone|insurance|institution|department)\b",
-    re.IGNORECASE,
-)
 _PRIVATE_FIELDS = (  # beside all person names
     "PatientID", "OtherPatientIDs", "PatientAddress", "PatientTelephoneNumbers", "InstitutionName",
     "InstitutionAddress",
@@ -135,6 +128,7 @@ def _record(entry: _Entry, data: bytes, options: ReadOptions) -> Record:
     number = str(file.get("PatientID", "") or "").strip()
     patient_id = row.patient_id or hashed(number or entry.path)
     report, n_left_out = _report(file)
+    n_left_out = row.n_left_out if row.report else n_left_out
     left_out = (f"{n_left_out} annotations left out: they may name someone",) if n_left_out else ()
     return Record(
         id=hashed(entry.path),
@@ -249,19 +243,12 @@ def _device(file: Dataset) -> str:
 
 def _report(file: Dataset) -> tuple[str, int]:
     """The statements about the whole tracing that can identify nobody, and how many were left out."""
-    private = _private_words(file)
-    kept: list[str] = []
-    n_left_out = 0
-    for annotation in file.get("WaveformAnnotationSequence") or ():
-        text = " ".join(str(annotation.get("UnformattedTextValue", "") or "").split())
-        if not text or "ReferencedSamplePositions" in annotation or "NumericValue" in annotation:
-            continue  # measurements and marks of single waves
-        words = set(re.findall(r"\w+", text.lower()))
-        if _IDENTIFYING.search(text) or words & private:
-            n_left_out += 1
-        elif text not in kept:
-            kept.append(text)
-    return ". ".join(text.strip(" .") for text in kept), n_left_out
+    statements = (
+        str(annotation.get("UnformattedTextValue", "") or "")
+        for annotation in file.get("WaveformAnnotationSequence") or ()
+        if "ReferencedSamplePositions" not in annotation and "NumericValue" not in annotation
+    )  # measurements and marks of single waves apart
+    return public_statements(statements, _private_words(file))
 
 
 def _private_words(file: Dataset) -> set[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ import numpy as np
 from evlecg.data.gates import Unfit, mend
 from evlecg.data.labels import ludb_labels
 from evlecg.data.readers_base import Dropped, Reading, ReadOptions, Source, parse_age, parse_sex, split_of
-from evlecg.data.readers_wfdb import Header, RawSignal, read_header, read_signal
+from evlecg.data.readers_wfdb import Channel, in_units, read_header, read_steps
+from evlecg.data.store import STEPS_PER_MV
 from evlecg.schema import Record
 
 
@@ -44,7 +45,9 @@ def open_ludb(source: Source, options: ReadOptions) -> Reading:
             header = read_header(source, f"data/{row.id}.hea")
         except FileNotFoundError as error:
             raise Dropped("listed, but not in this copy") from error
-        raw, repairs = _same_scale(header, read_signal(source, header))
+        steps_LT, channels = read_steps(source, header)
+        channels, repairs = _same_scale(steps_LT, channels)
+        raw = in_units(steps_LT, channels)
         mended = mend(raw.values, raw.leads, raw.units, header.fs_hz)
         return Record(
             id=row.id,
@@ -61,16 +64,12 @@ def open_ludb(source: Source, options: ReadOptions) -> Reading:
     return Reading(len(rows), rows, lambda row: row.id, read)
 
 
-def _same_scale(header: Header, raw: RawSignal) -> tuple[RawSignal, tuple[str, ...]]:
-    """Counts as microvolt where the header normalised every lead to a range of 1."""
-    if not raw.values.size:
+def _same_scale(steps_LT: np.ndarray, channels: list[Channel]) -> tuple[list[Channel], tuple[str, ...]]:
+    """The channels with counts as microvolt, where the header normalised every lead to a range of 1."""
+    if not steps_LT.size:
         raise Unfit("empty: no samples")
-    if np.abs(np.ptp(raw.values, axis=1) - 1).max() > 1e-3:
-        return raw, ()
-    of_lead = {channel.lead: channel for channel in header.channels}
-    counts = [
-        lead_T * (of_lead[lead].gain or 0) + of_lead[lead].baseline
-        for lead, lead_T in zip(raw.leads, raw.values, strict=True)
-    ]
-    values_mV = np.rint(np.stack(counts)).astype(np.float32) / np.float32(1000)
-    return RawSignal(values_mV, raw.leads, ("mV",) * len(raw.leads)), ("per-lead scaling undone: counts read as uV",)
+    range_L = np.ptp(steps_LT.astype(np.int32), axis=1) / np.array([channel.gain or np.inf for channel in channels])
+    if np.abs(range_L - 1).max() > 1e-3:
+        return channels, ()
+    in_uV = [replace(channel, gain=STEPS_PER_MV, baseline=0) for channel in channels]
+    return in_uV, ("per-lead scaling undone: counts read as uV",)

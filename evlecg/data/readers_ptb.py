@@ -46,10 +46,10 @@ def open_ptb(source: Source, options: ReadOptions) -> Reading:
         return cohort.read(entry)
 
     cohort = open_cohorts("S", source, options)
-    return Reading(None, Listing(lambda: _list(source)), lambda entry: entry.id, read)
+    return Reading(None, Listing(lambda: _list(source, options)), lambda entry: entry.id, read)
 
 
-def _list(source: Source) -> list[_Native] | list[CincEntry]:
+def _list(source: Source, options: ReadOptions) -> list[_Native] | list[CincEntry]:
     headers = source.find(".hea")
     native = []
     for header in headers:
@@ -58,7 +58,7 @@ def _list(source: Source) -> list[_Native] | list[CincEntry]:
             patient = folder if _PATIENT.fullmatch(folder) else ""
             name = f"{patient}/{stem_of(header)}" if patient else stem_of(header)
             native.append(_Native(name, header, patient or name))
-    return native or list_cinc(source, "S", headers)
+    return native or list_cinc(source, "S", headers, options)
 
 
 def _read_native(source: Source, entry: _Native, options: ReadOptions) -> Record:

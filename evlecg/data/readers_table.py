@@ -16,13 +16,13 @@ The table is a CSV with a header (`,`, `;` or tab), one row a record:
 A label code that evlecg knows keeps its phrase; any other is asked for by its own name. A file `labels.yaml` beside
 `labels.csv` (the table's name with `.yaml`) says it better: `scar: an old scar`.
 
-Patients are named by a hash: hospital numbers do not enter the output.
+Nothing that could identify a patient enters: patients are named by a hash, records by their path as far as it consists
+of codes (`identity.py`), and statements of a report that may name someone are left out.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import re
@@ -34,6 +34,7 @@ from typing import NamedTuple
 import yaml
 
 from evlecg.data.gates import Unfit, mend
+from evlecg.data.identity import hashed, public_path, public_statements, sentences
 from evlecg.data.labels import LABELS
 from evlecg.data.readers_base import Dropped, Lazy, Reading, ReadOptions, Source, parse_age, parse_sex, split_of
 from evlecg.data.readers_wfdb import DEFAULT_GAIN, read_header, read_signal
@@ -63,6 +64,7 @@ class Row(NamedTuple):
     sex: str = ""
     device: str = ""
     report: str = ""
+    n_left_out: int = 0  # statements of the report that may name someone
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,6 @@ class Table:
     def wanted(self, codes: tuple[str, ...]) -> dict[str, str]:
         """Those of `labels` that are asked for; all of them where nothing is asked for."""
         return {code: phrase for code, phrase in self.labels.items() if not codes or code in codes}
-
-
-def hashed(text: str) -> str:
-    """16 hex digits that stand for a name or number, always the same."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def holds_file(folder: Path, suffix: str) -> bool:
@@ -146,7 +143,10 @@ def read_table(source: Source, options: ReadOptions) -> Table | None:
         text_of = {name: row[column] for name, column in others.items() if name not in ("labels", "split")}
         patient = text_of.pop("patient_id", "")
         split = _split(row[others["split"]], f"{where}, row {number}") if "split" in others else ""
-        found[record] = Row(record, labels, hashed(patient) if patient else "", split, **text_of)
+        report, n_left_out = public_statements(sentences(text_of.pop("report", "")))
+        found[record] = Row(
+            record, labels, hashed(patient) if patient else "", split, **text_of, report=report, n_left_out=n_left_out
+        )
     return Table(found, _phrases(source, options.table, columns))
 
 
@@ -190,8 +190,10 @@ def open_wfdb(source: Source, options: ReadOptions) -> Reading:
         mended = mend(raw.values, raw.leads, raw.units, header.fs_hz)
         uncalibrated = any(channel.gain is None for channel in header.channels)
         repairs = (f"no gain in the header: {DEFAULT_GAIN:g} a mV, as WFDB says",) if uncalibrated else ()
+        if row.n_left_out:
+            repairs += (f"{row.n_left_out} statements left out: they may name someone",)
         return Record(
-            id=entry.stem,
+            id=public_path(entry.stem),
             signal_mV=mended.signal_mV,
             fs_hz=header.fs_hz,
             repairs=(*header.repairs, *repairs, *mended.repairs),
@@ -213,7 +215,11 @@ def open_wfdb(source: Source, options: ReadOptions) -> Reading:
         yield from (_Entry(stem, stem) for stem in stems if stem not in matched)
 
     return Reading(
-        None, Lazy(entries), lambda entry: entry.stem or entry.name, read, descriptions=table.wanted(options.labels)
+        None,
+        Lazy(entries),
+        lambda entry: public_path(entry.stem or entry.name),
+        read,
+        descriptions=table.wanted(options.labels),
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from evlecg.data.gates import Unfit, lead_index
 from evlecg.data.readers_base import Source
+from evlecg.data.store import STEPS_PER_MV
 
 DEFAULT_FS_HZ = 250.0  # the WFDB default
 DEFAULT_GAIN = 200.0  # the same, for a gain of 0 or none: uncalibrated
@@ -138,6 +139,15 @@ def read_signal(source: Source, header: Header) -> RawSignal:
     """
     if not header.channels or any(channel.format != 16 or not channel.plain for channel in header.channels):
         return _read_through_wfdb(source, header)
+    return in_units(*read_steps(source, header))
+
+
+def read_steps(source: Source, header: Header) -> tuple[np.ndarray, list[Channel]]:
+    """Recorded steps, int16 [L, T], of those channels in format 16 that are among the 12 leads, and the channels.
+
+    Raises:
+        Unfit, OSError: as in `read_signal`.
+    """
     groups: dict[str, list[Channel]] = {}
     for channel in header.channels:
         groups.setdefault(channel.file, []).append(channel)
@@ -148,21 +158,32 @@ def read_signal(source: Source, header: Header) -> RawSignal:
         if not wanted:  # extra leads in a file of their own (PTB's .xyz) need not be there
             continue
         steps_CT = _read_format_16(_signal_bytes(source, header, file), channels, header)
-        steps_LT = np.ascontiguousarray(steps_CT[wanted])
-        leads = [channels[index] for index in wanted]
-        gain_L = np.array([lead.gain or DEFAULT_GAIN for lead in leads], np.float32)
-        lead_LT = steps_LT.astype(np.float32) - np.array([lead.baseline for lead in leads], np.float32)[:, None]
-        lead_LT /= gain_L[:, None]
-        lead_LT[steps_LT == INVALID_16] = np.nan
-        values.append(lead_LT)
-        kept += leads
+        values.append(np.ascontiguousarray(steps_CT[wanted]))
+        kept += [channels[index] for index in wanted]
     if not kept:
         raise Unfit("none of the 12 leads is in the header")
     if len({value.shape[1] for value in values}) > 1:
         raise Unfit("wrong length: the signal files differ in length")
-    return RawSignal(
-        np.concatenate(values), tuple(channel.lead for channel in kept), tuple(channel.unit for channel in kept)
-    )
+    return (values[0] if len(values) == 1 else np.concatenate(values)), kept
+
+
+def in_units(steps_LT: np.ndarray, channels: list[Channel]) -> RawSignal:
+    """Recorded steps in the units of their channels.
+
+    What is no whole number of microvolt is rounded to one here, in double precision and halves away from zero: so the
+    challenges made their copies of other databases, hence a record of PTB (2000 steps a mV) gets the same hash as its
+    copy there. The prepared folder holds no finer steps anyway.
+    """
+    gain_L1 = np.array([channel.gain or DEFAULT_GAIN for channel in channels])[:, None]
+    zero_L1 = np.array([channel.baseline for channel in channels])[:, None]
+    if all(channel.unit.lower() == "mv" for channel in channels) and (STEPS_PER_MV % gain_L1).any():
+        lead_LT = (steps_LT - zero_L1.astype(np.float64)) / gain_L1 * STEPS_PER_MV
+        lead_LT = np.copysign(np.floor(np.abs(lead_LT) + 0.5), lead_LT).astype(np.float32) / np.float32(STEPS_PER_MV)
+    else:
+        lead_LT = steps_LT.astype(np.float32) - zero_L1.astype(np.float32)
+        lead_LT /= gain_L1.astype(np.float32)
+    lead_LT[steps_LT == INVALID_16] = np.nan
+    return RawSignal(lead_LT, tuple(channel.lead for channel in channels), tuple(channel.unit for channel in channels))
 
 
 def _signal_bytes(source: Source, header: Header, file: str) -> bytes:

@@ -27,7 +27,7 @@ from evlecg.schema import LEADS, SPLITS, Question, Record
 FORMAT_VERSION = 2
 STEPS_PER_MV = 1000.0  # 1 uV: finer than any of the datasets' recorders resolves
 STEP_TYPE = np.dtype("<i2")
-HASH_CHARACTERS = 32  # 128 bits of a block's SHA-256 tell records apart
+HASH_CHARACTERS = 32  # 128 bits of the SHA-256 of a signal, as published, or of a picture tell records apart
 _NOT_ASSESSED = -1
 
 
@@ -173,7 +173,7 @@ class Prepared:
         return found_NK
 
     def hashes(self) -> dict[str, str]:
-        """Hash of every record's block -> its id: the same ECG has the same hash in every prepared folder."""
+        """Hash of every record -> its id: the same ECG has the same hash in every prepared folder, of any rate."""
         return {self.row(index)["sha256"]: record_id for index, record_id in enumerate(self.record_ids)}
 
     def quarantine(self) -> list[dict[str, str]]:

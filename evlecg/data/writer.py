@@ -17,7 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from evlecg import __version__
+from evlecg.data.gates import resampled
 from evlecg.data.readers_base import MAX_AGE, Rejected
 from evlecg.data.store import FORMAT_VERSION, HASH_CHARACTERS, STEP_TYPE, STEPS_PER_MV, block_name, question_rows
 from evlecg.errors import EvlecgError, RunFailed
@@ -43,14 +44,18 @@ def write_shard(
     shard: int,
     results: Iterable[Record | Rejected],
     *,
+    to_hz: int | None = None,
     files: Callable[[], Sequence[tuple[str, int, str]]] = tuple,
 ) -> int:
     """Writes one shard; `parts/` and `blocks/` must exist.
+
+    A record's hash is that of its signal before it is resampled: the same ECG is recognised in folders of any rate.
 
     Args:
         folder: folder that is being prepared.
         shard: its number.
         results: what its entries became, in order.
+        to_hz: signals of another sampling rate are resampled to it; None to leave all as they are.
         files: called once all results are read, for the (relative path, bytes, sha256) of the files they came from.
 
     Returns:
@@ -60,10 +65,11 @@ def write_shard(
         RunFailed: the disk is full, or the folder cannot be written to.
     """
     blocks, part = folder / "blocks" / block_name(shard), part_path(folder, shard)
-    partial = part.with_suffix(f".{os.getpid()}.partial")
+    # each under a name of its own: what a killed job left running must not write into the files of the next one
+    partial, partial_blocks = (part.with_suffix(f".{os.getpid()}.{what}") for what in ("partial", "blocks"))
     n_bytes = n_entries = 0
     with writing(folder):
-        with blocks.open("wb") as block_file, partial.open("wb") as part_file:
+        with partial_blocks.open("wb") as block_file, partial.open("wb") as part_file:
             for item in results:
                 n_entries += 1
                 reason = "" if isinstance(item, Rejected) else _unfit(item)
@@ -73,12 +79,17 @@ def write_shard(
                     part_file.write(_line({"id": item.id, "reason": item.reason, "fault": item.fault}))
                     continue
                 block = item.image or _steps(item.signal_mV).tobytes()
+                sha256 = hashlib.sha256(block).hexdigest()[:HASH_CHARACTERS]
+                if to_hz and not item.image and item.fs_hz != to_hz:
+                    item = _resampled(item, to_hz)
+                    block = _steps(item.signal_mV).tobytes()
                 block_file.write(block)
-                part_file.write(_line({**_row(item, block), "shard": shard, "offset": n_bytes}))
+                part_file.write(_line({**_row(item, block, sha256), "shard": shard, "offset": n_bytes}))
                 n_bytes += len(block)
             part_file.write(_line({"files": files()}))
             sync(block_file)
             sync(part_file)
+        partial_blocks.replace(blocks)
         partial.replace(part)
     return n_entries
 
@@ -87,7 +98,19 @@ def _steps(signal_mV: np.ndarray) -> np.ndarray:
     return np.rint(signal_mV * np.float32(STEPS_PER_MV)).astype(STEP_TYPE)
 
 
-def _row(record: Record, block: bytes) -> dict[str, Any]:
+def _resampled(record: Record, to_hz: int) -> Record:
+    said = f"resampled: {record.fs_hz:g} to {to_hz} Hz"
+    signal_mV = resampled(record.signal_mV, record.fs_hz, to_hz)
+    limit_mV = np.float32(np.iinfo(np.int16).max / STEPS_PER_MV)  # a filter overshoots by some percent at steps
+    return replace(
+        record,
+        signal_mV=signal_mV.clip(-limit_mV, limit_mV),
+        fs_hz=float(to_hz),
+        repairs=(*record.repairs, said),
+    )
+
+
+def _row(record: Record, block: bytes, sha256: str) -> dict[str, Any]:
     row = {
         "id": record.id,
         "patient_id": record.patient_id,
@@ -95,7 +118,7 @@ def _row(record: Record, block: bytes) -> dict[str, Any]:
         "fs_hz": record.fs_hz,
         "n_samples": record.signal_mV.shape[1],
         "n_bytes": len(block),
-        "sha256": hashlib.sha256(block).hexdigest()[:HASH_CHARACTERS],
+        "sha256": sha256,
         "labels": {code: bool(present) for code, present in record.labels.items()},
         "age": MAX_AGE if record.age is not None and record.age > MAX_AGE - 1 else record.age,
         "sex": record.sex,
@@ -141,14 +164,16 @@ class _Tally:
     questions: Counter[str] = field(default_factory=Counter)
     split_of_patient: dict[str, str] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
-    id_of_hash: dict[str, str] = field(default_factory=dict)
+    place_of_hash: dict[str, tuple[str, str]] = field(default_factory=dict)  # id, split ("" where it is elsewhere)
 
     def trouble(self, row: dict[str, Any]) -> Rejected | None:
         """Why a row that was fit by itself cannot stand beside those before it."""
         if row["id"] in self.ids:
             return Rejected(row["id"], "duplicate: a record of this id is there already")
-        if row["sha256"] in self.id_of_hash:
-            return Rejected(row["id"], f"duplicate: the same signal as {self.id_of_hash[row['sha256']]}", fault=False)
+        place, split = self.place_of_hash.get(row["sha256"], ("", ""))
+        # other questions about it are worth keeping: two subsets of a benchmark share pictures
+        if place and not (row.get("questions") and split == row["split"]):
+            return Rejected(row["id"], f"duplicate: the same signal as {place}", fault=False)
         first = self.split_of_patient.get(row["patient_id"], row["split"])
         if first != row["split"]:
             return Rejected(row["id"], f"patient in two splits: {first} and {row['split']}")
@@ -156,7 +181,7 @@ class _Tally:
 
     def add(self, row: dict[str, Any]) -> None:
         self.ids.add(row["id"])
-        self.id_of_hash[row["sha256"]] = row["id"]
+        self.place_of_hash.setdefault(row["sha256"], (row["id"], row["split"]))
         self.split_of_patient[row["patient_id"]] = row["split"]
         self.kept += 1
         self.repaired += bool(row["repairs"])
@@ -201,7 +226,7 @@ def assemble(
         EvlecgError: no record could be used; a rejected one and `strict`.
         RunFailed: the disk is full.
     """
-    tally = _Tally(id_of_hash=dict(known or {}))
+    tally = _Tally(place_of_hash={key: (where, "") for key, where in (known or {}).items()})
     taken = {name: (size, sha256) for name, size, sha256 in files}
     digest = hashlib.sha256()
     with writing(folder):

@@ -422,7 +422,8 @@ class Feature(Baseline):
     def build(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """One projection for text, one for visual tokens."""
         self.text = nn.Linear(teacher.width, student.width, bias=False)
-        self.vision = nn.Linear(teacher.width, student.width, bias=False)
+        widths = [facts.visual_width or facts.width for facts in (teacher, student)]
+        self.vision = nn.Linear(widths[0], widths[1], bias=False)
 
     def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Text and visual part."""
@@ -463,7 +464,8 @@ class EmKd(Baseline):
 
     def build(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """The projection that makes both sides' tokens comparable."""
-        self.projection = nn.Linear(teacher.width, student.width, bias=False)
+        widths = [facts.visual_width or facts.width for facts in (teacher, student)]
+        self.projection = nn.Linear(widths[0], widths[1], bias=False)
 
     def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Distance of matched states, and affinities."""

@@ -36,7 +36,14 @@ from evlecg.losses.baselines import BASELINES, Baseline
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
 from evlecg.losses.terms import answer_cross_entropy, weighted
-from evlecg.losses.transport import Transport, page_cost, plan_diagnostics, token_lead, transport_loss
+from evlecg.losses.transport import (
+    Transport,
+    lead_marginals,
+    page_cost,
+    plan_diagnostics,
+    token_lead,
+    transport_loss,
+)
 from evlecg.recipe import ObjectiveConfig
 from evlecg.schema import Batch, LossTerms, ModelFacts, Outputs, Side
 
@@ -107,6 +114,7 @@ class EvlObjective(nn.Module):
         if config.alpha > 1:
             raise EvlecgError(f"alpha is a share, not {config.alpha}", where="objective.alpha", hint="0 to 1")
         self.config = config
+        _check_transport(config)
         relations = config.strict or config.relation.distance > 0 or config.relation.cosine > 0
         self.uses_alignment = config.alpha * config.lambda_m > 0
         self.uses_relation = config.alpha * config.lambda_r > 0 and relations
@@ -120,6 +128,19 @@ class EvlObjective(nn.Module):
             )
         if self.needs and teacher is None:
             raise ValueError("this objective reads a teacher, and knows none")
+        placed = student.visual_width in (None, student.width)
+        if not placed and (self.uses_alignment and config.align.scope == "visual"):
+            raise EvlecgError(
+                "the student's visual tokens are not among its hidden states: they have a width of their own",
+                where="objective.align.scope",
+                hint="set it to all or answer",
+            )
+        if not placed and self.relates_aligned and not config.strict:
+            raise EvlecgError(
+                "the student's visual tokens are not among its hidden states, so no state is aligned with them",
+                where="objective.relation.source",
+                hint="set it to teacher",
+            )
         self.aligner: CrossAligner | None = None
         self.projection: nn.Linear | None = None
         if teacher is not None and (self.uses_alignment or self.relates_aligned):
@@ -133,9 +154,10 @@ class EvlObjective(nn.Module):
                 student.width, teacher.width, heads=config.align.heads, normalise=not config.strict
             )
         if teacher is not None and self.uses_transport:
-            self.projection = nn.Linear(teacher.width, student.width, bias=False)
+            from_width, to_width = (facts.visual_width or facts.width for facts in (teacher, student))
+            self.projection = nn.Linear(from_width, to_width, bias=False)
             # orthogonal: distances among teacher tokens survive, and so does their size per element
-            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(student.width / teacher.width)))
+            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(to_width / from_width)))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -241,26 +263,26 @@ class EvlObjective(nn.Module):
 
     def _transport(self, projection: nn.Linear, student: Outputs, teacher: Outputs, batch: Batch) -> Transport:
         config = self.config.transport
+        masks = teacher.side.visual_mask_BN, student.side.visual_mask_BN
+        leads = _leads(teacher.side, batch), _leads(student.side, batch)
         extra_cost_BNM = None
         if not self.config.strict and (config.position > 0 or config.lead > 0):
-            extra_cost_BNM = page_cost(
-                teacher.side.visual_box_BN4,
-                student.side.visual_box_BN4,
-                _leads(teacher.side, batch),
-                _leads(student.side, batch),
-                position=config.position,
-                lead=config.lead,
-            )
+            boxes = teacher.side.visual_box_BN4, student.side.visual_box_BN4
+            extra_cost_BNM = page_cost(*boxes, *leads, position=config.position, lead=config.lead)
+        a_BN, b_BM = lead_marginals(*masks, *leads) if config.marginals == "lead" else (None, None)
         return transport_loss(
             _project(_tokens(teacher, config.features), teacher.side.visual_mask_BN, projection.weight),
             _tokens(student, config.features),
-            teacher.side.visual_mask_BN,
-            student.side.visual_mask_BN,
+            *masks,
             epsilon=config.epsilon,
             steps=config.steps,
             strict=self.config.strict,
             normalise=config.normalise,
             extra_cost_BNM=extra_cost_BNM,
+            a_BN=a_BN,
+            b_BM=b_BM,
+            relax=config.relax,
+            structure=config.structure if config.solver == "fused_gromov" else None,
         )
 
     def _relation(self, student: Outputs, teacher: Outputs, aligned_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -304,9 +326,9 @@ class EvlObjective(nn.Module):
             right_A = terms.anchor_logits_AV.argmax(-1) == student.side.answer_ids_A
             found["anchor_accuracy"] = float(right_A.float().mean())
         if terms.transport is not None:
-            sides = (teacher.side, student.side)
-            masks, leads = [side.visual_mask_BN for side in sides], [_leads(side, batch) for side in sides]
-            found.update(plan_diagnostics(terms.transport.plan_BNM, *masks, *leads))
+            plan = terms.transport
+            leads = [_leads(side, batch) for side in (teacher.side, student.side)]
+            found.update(plan_diagnostics(plan.plan_BNM, plan.a_BN, plan.b_BM, *leads))
         if terms.cell_mask_BC is not None:
             found["rel_cells"] = float(terms.cell_mask_BC.sum(1).float().mean())
         if len(teacher.hidden_BSD) > 1:
@@ -324,6 +346,26 @@ METHODS: dict[str, type[EvlObjective | CeObjective | Baseline]] = {
 }
 
 _FEATURES = {"last": "visual", "projected": "projected"}  # recipe's word -> what a model must offer
+
+
+def _check_transport(config: ObjectiveConfig) -> None:
+    """Refuses transport options that contradict one another."""
+    transport = config.transport
+    where, uniform = "objective.transport", transport.marginals == "uniform"
+    if config.strict and not (transport.solver == "sinkhorn" and transport.relax is None and uniform):
+        raise EvlecgError(
+            "the published form has balanced, uniform marginals and no structure",
+            where=where,
+            hint="set objective.strict to false, or leave solver, relax and marginals as they are",
+        )
+    if transport.solver == "fused_gromov" and transport.relax is not None:
+        raise EvlecgError(
+            "fused Gromov-Wasserstein is solved with marginals that hold",
+            where=f"{where}.relax",
+            hint="null, or objective.transport.solver: sinkhorn",
+        )
+    if transport.structure > 1:
+        raise EvlecgError(f"structure is a share, not {transport.structure}", where=f"{where}.structure", hint="0 to 1")
 
 
 def _tokens(outputs: Outputs, features: str) -> Tensor:

@@ -1,35 +1,24 @@
 """Optimal-transport matching of visual tokens: METHOD's second term.
 
-Entropic optimal transport (Cuturi 2013) with uniform marginals over the valid tokens of each side. The cost is divided
-by its mean first, so that `epsilon` means the same for every width.
-
-The solver: Sinkhorn in kernel form, ten iterations at a time; between blocks the scalings are absorbed into the
-potentials (Schmitzer 2019), so the kernel never leaves float range for long, and a block whose scalings do is repeated
-in the log domain. After each block Newton steps on the dual of the smaller side finish the job (Brauer et al. 2017,
-"A Sinkhorn-Newton method for entropic optimal transport"). Chosen by measurement: on token sets that fall into page
-regions (nearly block-diagonal kernels), 50 plain iterations at epsilon .05 leave marginal errors of 1e-3 and 200 leave
-2e-4 to 1e-3, over-relaxation and Newton with conjugate gradients 1e-4 to 1e-3; ten iterations and three or four
-dense Newton steps leave below 1e-5 at the price of 50 to 120 iterations. Samples are solved one after another on
-their valid tokens only: one kernel stays in cache (about three times faster than batched products on two cores), and
-padding cannot change a number.
+Entropic optimal transport (Cuturi 2013) between the valid tokens of both sides: uniform marginals, or the same mass for
+every lead (`lead_marginals`), which must hold or are relaxed. The cost is divided by its mean first, so that `epsilon`
+means the same for every width. `sinkhorn` has the solver, `gromov` an experiment that also matches the distances within
+each side.
 
 Shape legend: B batch rows, N teacher tokens, M student tokens, D common width, C lead x time cells.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from evlecg.losses.gromov import fused_gromov_plan, inner_distance, structure_loss
+from evlecg.losses.sinkhorn import transport_plan, uniform_marginals
 from evlecg.losses.stable import full_precision, layer_normalised, masked_mean, squared_distance, zero_where_masked
-
-BLOCK = 10  # Sinkhorn iterations between absorptions
-NEWTON_STEPS = 6  # after a block; each must lower the error or the next block begins
-NEWTON_WIDTH = 2048  # above this many tokens on the smaller side the dense system costs more than it saves
-NEWTON_REACH = 1.0  # largest change of a potential in one Newton step, in epsilons
 
 
 @dataclass(frozen=True)
@@ -38,125 +27,18 @@ class Transport:
 
     Attributes:
         loss: scalar, on the graph.
-        plan_BNM: detached; sums to 1 in rows that have tokens on both sides, 0 elsewhere.
+        plan_BNM: detached; sums to 1 (less where marginals are relaxed) in rows that have tokens on both sides, 0
+            elsewhere.
         cost_BNM: detached; what the plan was steered by, before its division by the mean.
+        a_BN: mass that every teacher token should have in the plan.
+        b_BM: the same of the student's.
     """
 
     loss: Tensor
     plan_BNM: Tensor
     cost_BNM: Tensor
-
-
-@torch.no_grad()  # envelope theorem: the plan is constant in the gradient
-@full_precision
-def transport_plan(cost_BNM: Tensor, a_mask_BN: Tensor, b_mask_BM: Tensor, *, epsilon: float, steps: int) -> Tensor:
-    """Entropic transport plan between uniform distributions over the valid tokens of each side.
-
-    Args:
-        cost_BNM: cost of moving mass from token n to token m; any scale.
-        a_mask_BN: bool, valid tokens of the first side.
-        b_mask_BM: bool, valid tokens of the second side.
-        epsilon: entropic regularisation, as a share of each sample's mean cost over valid pairs.
-        steps: most Sinkhorn iterations; fewer are run once the marginals hold.
-
-    Returns:
-        [B, N, M], without gradient; zero where either token is invalid, and for samples without tokens on a side.
-    """
-    plan_BNM = torch.zeros_like(cost_BNM)
-    for sample, (a_mask_N, b_mask_M) in enumerate(zip(a_mask_BN, b_mask_BM, strict=True)):
-        rows_n, columns_m = a_mask_N.nonzero()[:, 0], b_mask_M.nonzero()[:, 0]
-        if len(rows_n) == 0 or len(columns_m) == 0:
-            continue
-        whole = len(rows_n) == cost_BNM.shape[1] and len(columns_m) == cost_BNM.shape[2]
-        cost_nm = cost_BNM[sample] if whole else cost_BNM[sample][rows_n[:, None], columns_m]
-        cost_nm = cost_nm / cost_nm.mean().clamp_min(torch.finfo(cost_nm.dtype).tiny)
-        if len(rows_n) >= len(columns_m):
-            plan_nm = _solve(cost_nm, epsilon, steps)
-        else:  # Newton's system has the size of the second side
-            plan_nm = _solve(cost_nm.T.contiguous(), epsilon, steps).T
-        if whole:
-            plan_BNM[sample] = plan_nm
-        else:
-            plan_BNM[sample, rows_n[:, None], columns_m] = plan_nm
-    return plan_BNM
-
-
-def _solve(cost_NM: Tensor, epsilon: float, steps: int) -> Tensor:
-    """The plan of one sample without masks; N >= M. NaN costs give a NaN plan: a diverged model shows in the loss."""
-    tolerance = 1e-11 if cost_NM.dtype == torch.float64 else 1e-5  # float32 stalls near 2e-6
-    # c-transforms as first potentials: every row and column of the kernel then holds a 1, however small epsilon is
-    row_N1 = cost_NM.amin(1, keepdim=True)
-    column_1M = (cost_NM - row_N1).amin(0, keepdim=True)
-    done = 0
-    while True:
-        block = min(BLOCK, steps - done)
-        kernel_NM = ((row_N1 + column_1M - cost_NM) / epsilon).exp_()
-        v_M = _sinkhorn(kernel_NM, block)
-        if v_M is None:
-            row_N1, column_1M = _sinkhorn_log(cost_NM, column_1M, epsilon, block)
-            kernel_NM = ((row_N1 + column_1M - cost_NM) / epsilon).exp_()
-            v_M = torch.ones_like(column_1M[0])
-        u_N, v_M, error = _newton(kernel_NM, v_M, tolerance)
-        done += block
-        if error <= tolerance or done >= steps:
-            return kernel_NM.mul_(u_N[:, None]).mul_(v_M)
-        row_N1 = row_N1 + epsilon * u_N.log()[:, None]
-        column_1M = column_1M + epsilon * v_M.log()
-
-
-def _sinkhorn(kernel_NM: Tensor, iterations: int) -> Tensor | None:
-    """Scaling v after some iterations in kernel form, or None where a scaling left the range that can be trusted."""
-    n, m = kernel_NM.shape
-    u_N, v_M = kernel_NM.new_ones(n), kernel_NM.new_ones(m)
-    for _ in range(iterations):
-        u_N = (1 / n) / torch.mv(kernel_NM, v_M)
-        v_M = (1 / m) / torch.mv(kernel_NM.T, u_N)
-    limit = torch.finfo(kernel_NM.dtype).max ** 0.6
-    scalings = torch.cat([u_N, v_M])
-    # NaN fails both comparisons; the bound on 1/x also catches sums that underflowed to zero
-    return v_M if bool((scalings < limit).all() and (scalings > 1 / limit).all()) else None
-
-
-def _sinkhorn_log(cost_NM: Tensor, column_1M: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """The same iterations on potentials: slow, and safe at any epsilon."""
-    n, m = cost_NM.shape
-    row_N1 = cost_NM.new_zeros(n, 1)
-    for _ in range(iterations):
-        row_N1 = -epsilon * (math.log(n) + torch.logsumexp((column_1M - cost_NM) / epsilon, 1, keepdim=True))
-        column_1M = -epsilon * (math.log(m) + torch.logsumexp((row_N1 - cost_NM) / epsilon, 0, keepdim=True))
-    return row_N1, column_1M
-
-
-def _newton(kernel_NM: Tensor, v_M: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
-    """Newton's method on the dual in the potential of the second side; the first side's rows are always exact.
-
-    Returns:
-        Scalings u, v and the column error: the sum of |column sum - 1/M|, the best that was reached.
-    """
-    n, m = kernel_NM.shape
-    u_N = (1 / n) / torch.mv(kernel_NM, v_M)
-    best = (u_N, v_M, math.inf)
-    for step in range(NEWTON_STEPS + 1):
-        column_M = v_M * torch.mv(kernel_NM.T, u_N)
-        residual_M = 1 / m - column_M
-        error = float(residual_M.abs().sum())
-        if not error < best[2]:  # too far from the solution for its quadratic model, or at float's floor
-            return best
-        best = (u_N, v_M, error)
-        if error <= tolerance or step == NEWTON_STEPS or m > NEWTON_WIDTH:
-            return best
-        share_NM = kernel_NM * u_N[:, None]
-        hessian_MM = (share_NM.T @ share_NM).mul_(-n * v_M[:, None] * v_M)
-        # constants are in its null space: adding 1/M everywhere picks the solution without one
-        hessian_MM += 1 / m
-        hessian_MM.diagonal().add_(column_M).add_(1e-6 / m)
-        factor_MM, failed = torch.linalg.cholesky_ex(hessian_MM)
-        if failed:
-            return best
-        change_M = torch.cholesky_solve(residual_M[:, None], factor_MM)[:, 0]
-        v_M = v_M * change_M.clamp(-NEWTON_REACH, NEWTON_REACH).exp()
-        u_N = (1 / n) / torch.mv(kernel_NM, v_M)
-    return best
+    a_BN: Tensor
+    b_BM: Tensor
 
 
 @full_precision
@@ -171,12 +53,18 @@ def transport_loss(
     strict: bool = False,
     normalise: bool = True,
     extra_cost_BNM: Tensor | None = None,
+    a_BN: Tensor | None = None,
+    b_BM: Tensor | None = None,
+    relax: float | None = None,
+    structure: float | None = None,
 ) -> Transport:
     """Cost of carrying the teacher's visual tokens onto the student's along the optimal plan.
 
     Published form (`strict`): sum_ij P_ij ||t_i - s_j||^2, averaged over the samples that have tokens on both sides.
     Default form: the same sum over D, so that one weight serves every width, between layer-normalised tokens.
     P is constant in the gradient (envelope theorem).
+    With `structure`: that share of fused Gromov-Wasserstein's loss between the distances within each side, and one
+    minus that share of the default form.
 
     Args:
         teacher_BND: the teacher's tokens, already projected to the student's width.
@@ -188,12 +76,18 @@ def transport_loss(
         strict: the sum over the width as published, without normalisation or extra cost.
         normalise: layer-normalise both sides (default form only).
         extra_cost_BNM: steers the plan only, in mean feature costs (see `page_cost`).
+        a_BN: mass of every teacher token, summing to 1 (see `lead_marginals`); None: uniform.
+        b_BM: the same of the student's tokens.
+        relax: cost of departing from the marginals, in mean costs; None: they must hold.
+        structure: match the distances within each side with this weight (0 to 1); None: do not.
 
     Source:
-        METHOD, term 2; arXiv 2605.29977.
+        METHOD, term 2; arXiv 2605.29977. Options: see `transport_plan`, `fused_gromov_plan`.
     """
-    if strict and extra_cost_BNM is not None:
-        raise ValueError("the published form has no extra cost")
+    if strict and not all(option is None for option in (extra_cost_BNM, a_BN, b_BM, relax, structure)):
+        raise ValueError("the published form has no extra cost, and balanced, uniform marginals")
+    if structure is not None and relax is not None:
+        raise ValueError("fused Gromov-Wasserstein is solved with marginals that hold")
     teacher_BND = zero_where_masked(teacher_BND, teacher_mask_BN)
     student_BMD = zero_where_masked(student_BMD, student_mask_BM)
     if normalise and not strict:
@@ -202,17 +96,72 @@ def transport_loss(
         cost_BNM = squared_distance(teacher_BND, student_BMD, teacher_mask_BN, student_mask_BM)
         if extra_cost_BNM is not None:
             cost_BNM = mean_divided(cost_BNM, teacher_mask_BN, student_mask_BM) + extra_cost_BNM.to(cost_BNM.dtype)
-        plan_BNM = transport_plan(cost_BNM, teacher_mask_BN, student_mask_BM, epsilon=epsilon, steps=steps)
-    # sum P (|t|^2 + |s|^2 - 2 t.s) without a second [N, M] matrix on the graph
-    loss_B = (
-        (plan_BNM.sum(2) * teacher_BND.square().sum(-1)).sum(1)
-        + (plan_BNM.sum(1) * student_BMD.square().sum(-1)).sum(1)
-        - 2 * ((plan_BNM.transpose(1, 2) @ teacher_BND) * student_BMD).sum((1, 2))
-    )
+    a_BN = uniform_marginals(teacher_mask_BN, like=cost_BNM) if a_BN is None else a_BN
+    b_BM = uniform_marginals(student_mask_BM, like=cost_BNM) if b_BM is None else b_BM
+    if structure is None:
+        masks = teacher_mask_BN, student_mask_BM
+        plan_BNM = transport_plan(cost_BNM, *masks, epsilon=epsilon, steps=steps, relax=relax, a_BN=a_BN, b_BM=b_BM)
+        loss_B = plan_cost(plan_BNM, teacher_BND, student_BMD)
+    else:
+        inner = inner_distance(teacher_BND, teacher_mask_BN), inner_distance(student_BMD, student_mask_BM)
+        plan_BNM = fused_gromov_plan(cost_BNM, *inner, a_BN, b_BM, epsilon=epsilon, steps=steps, structure=structure)
+        # times the width, which the default form divides by: distances within a side are in mean distances
+        loss_B = structure * student_BMD.shape[-1] * structure_loss(plan_BNM, *inner)
+        loss_B = loss_B + (1 - structure) * plan_cost(plan_BNM, teacher_BND, student_BMD)
     if not strict:
         loss_B = loss_B / student_BMD.shape[-1]
     has_tokens_B = teacher_mask_BN.any(1) & student_mask_BM.any(1)
-    return Transport(masked_mean(loss_B, has_tokens_B), plan_BNM, cost_BNM)
+    return Transport(masked_mean(loss_B, has_tokens_B), plan_BNM, cost_BNM, a_BN, b_BM)
+
+
+def plan_cost(plan_BNM: Tensor, x_BND: Tensor, y_BMD: Tensor) -> Tensor:
+    """sum_ij P_ij ||x_i - y_j||^2 of every sample, [B], without a second [N, M] matrix on the graph."""
+    return (
+        (plan_BNM.sum(2) * x_BND.square().sum(-1)).sum(1)
+        + (plan_BNM.sum(1) * y_BMD.square().sum(-1)).sum(1)
+        - 2 * ((plan_BNM.transpose(1, 2) @ x_BND) * y_BMD).sum((1, 2))
+    )
+
+
+def lead_marginals(
+    teacher_mask_BN: Tensor, student_mask_BM: Tensor, teacher_lead_BN: Tensor, student_lead_BM: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Marginals under which every lead weighs the same on both sides, however many tokens show it.
+
+    With uniform marginals a long rhythm strip outweighs a short lead, and two grids that share a page give a lead
+    different masses, which forces mass across leads. Here the tokens without a lead keep the mean of their shares on
+    both sides; the rest is divided equally among the leads that both sides show, and within a lead among its tokens.
+    Tokens of a lead that one side lacks get nothing. A sample in which the sides share no lead stays uniform.
+
+    Args:
+        teacher_mask_BN: bool, valid tokens.
+        student_mask_BM: bool, valid tokens.
+        teacher_lead_BN: index of the lead that a token shows, -1 for none (see `token_lead`).
+        student_lead_BM: the same of the student.
+
+    Returns:
+        Mass of every token, float32 [B, N] and [B, M]; each sums to 1, or to 0 where a side has no token.
+    """
+    leads = 1 + max(int(lead.max()) if lead.numel() else -1 for lead in (teacher_lead_BN, student_lead_BM))
+
+    def members(lead_BN: Tensor, mask_BN: Tensor) -> Tensor:
+        """Which token belongs to which group, [B, N, 1 + leads]; the first group is of tokens without a lead."""
+        return F.one_hot((lead_BN + 1).clamp_min(0), leads + 1).float() * mask_BN[..., None]
+
+    teacher_BNL, student_BML = members(teacher_lead_BN, teacher_mask_BN), members(student_lead_BM, student_mask_BM)
+    shared_BL = teacher_BNL.any(1) & student_BML.any(1)
+    blank_B = (teacher_BNL[..., 0].sum(1) / teacher_mask_BN.sum(1).clamp_min(1)
+               + student_BML[..., 0].sum(1) / student_mask_BM.sum(1).clamp_min(1)) / 2 * shared_BL[:, 0]  # fmt: skip
+    lead_count_B = shared_BL[:, 1:].sum(1)
+    mass_BL = shared_BL * ((1 - blank_B) / lead_count_B.clamp_min(1))[:, None]
+    mass_BL[:, 0] = blank_B
+
+    def spread(members_BNL: Tensor, mask_BN: Tensor) -> Tensor:
+        per_token_BL = mass_BL / members_BNL.sum(1).clamp_min(1)
+        mass_BN = (members_BNL @ per_token_BL[..., None])[..., 0]
+        return torch.where(lead_count_B[:, None] > 0, mass_BN, uniform_marginals(mask_BN, like=mass_BN))
+
+    return spread(teacher_BNL, teacher_mask_BN), spread(student_BML, student_mask_BM)
 
 
 def mean_divided(cost_BNM: Tensor, a_mask_BN: Tensor, b_mask_BM: Tensor) -> Tensor:
@@ -265,34 +214,42 @@ def overlap_area(box_BN4: Tensor, cell_box_BC4: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plan_diagnostics(
-    plan_BNM: Tensor,
-    teacher_mask_BN: Tensor,
-    student_mask_BM: Tensor,
-    teacher_lead_BN: Tensor,
-    student_lead_BM: Tensor,
+    plan_BNM: Tensor, a_BN: Tensor, b_BM: Tensor, teacher_lead_BN: Tensor, student_lead_BM: Tensor
 ) -> dict[str, float]:
     """What the log says of a plan; a number that is undefined is absent.
 
+    Args:
+        plan_BNM: the plan.
+        a_BN: mass that every teacher token should have, 0 where it is invalid.
+        b_BM: the same of the student's tokens.
+        teacher_lead_BN: index of the lead that a token shows, -1 for none.
+        student_lead_BM: the same of the student.
+
     Returns:
-        `ot_entropy`: 0 a matching as hard as the marginals allow, 1 the independent plan; mean over samples.
-        `ot_marginal_error`: sum of |row sum - 1/N| and |column sum - 1/M|, of the worst sample.
+        `ot_entropy`: 0 a matching as hard as the plan's marginals allow, 1 the independent plan; mean over samples.
+        `ot_mass`: mass that is carried, 1 unless marginals are relaxed; mean over samples.
+        `ot_marginal_error`: sum of |row sum - a| and |column sum - b|, of the worst sample.
         `ot_mass_in_lead`: of the mass that leaves a token with a lead for a token with a lead, the share that stays
         in the lead.
     """
     found: dict[str, float] = {}
-    n_B, m_B = teacher_mask_BN.sum(1), student_mask_BM.sum(1)
-    several_B = torch.minimum(n_B, m_B) > 1
+    row_BN, column_BM, mass_B = plan_BNM.sum(2), plan_BNM.sum(1), plan_BNM.sum((1, 2))
+    several_B = (torch.minimum((a_BN > 0).sum(1), (b_BM > 0).sum(1)) > 1) & (mass_B > 0)
     if several_B.any():
-        entropy_B = -torch.xlogy(plan_BNM, plan_BNM).sum((1, 2))[several_B]
-        log_n_B, log_m_B = n_B[several_B].log(), m_B[several_B].log()
-        low_B, range_B = torch.maximum(log_n_B, log_m_B), torch.minimum(log_n_B, log_m_B)
-        found["ot_entropy"] = float(((entropy_B - low_B) / range_B).mean())
-    has_tokens_B = (n_B > 0) & (m_B > 0)
+        mass_K = mass_B[several_B]
+
+        def entropy(part: Tensor) -> Tensor:
+            share = part[several_B].flatten(1) / mass_K[:, None]
+            return -torch.xlogy(share, share).sum(1)
+
+        row_K, column_K = entropy(row_BN), entropy(column_BM)
+        low_K, range_K = torch.maximum(row_K, column_K), torch.minimum(row_K, column_K)
+        found["ot_entropy"] = float(((entropy(plan_BNM) - low_K) / range_K).mean())
+    has_tokens_B = (a_BN.sum(1) > 0) & (b_BM.sum(1) > 0)
     if has_tokens_B.any():
-        rows_BN = (plan_BNM.sum(2) - 1 / n_B[:, None]).masked_fill(~teacher_mask_BN, 0)
-        columns_BM = (plan_BNM.sum(1) - 1 / m_B[:, None]).masked_fill(~student_mask_BM, 0)
-        error_B = rows_BN.abs().sum(1) + columns_BM.abs().sum(1)
+        error_B = (row_BN - a_BN).abs().sum(1) + (column_BM - b_BM).abs().sum(1)
         found["ot_marginal_error"] = float(error_B[has_tokens_B].max())
+        found["ot_mass"] = float(mass_B[has_tokens_B].mean())
     with_lead_BNM = (teacher_lead_BN >= 0)[:, :, None] & (student_lead_BM >= 0)[:, None]
     mass = (plan_BNM * with_lead_BNM).sum()
     if mass > 0:

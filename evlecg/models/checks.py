@@ -8,7 +8,7 @@ from evlecg.errors import EvlecgError
 from evlecg.models.batch import BatchBuilder, draw
 from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
-from evlecg.models.outputs import can_pack, image_matters, to_device
+from evlecg.models.outputs import can_pack, count_features, image_matters, to_device
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 
@@ -32,12 +32,17 @@ def startup_checks(
         if len(side.answer_A2) == 0:
             raise EvlecgError("no answer token is left to learn from", where=loaded.checkpoint.name,
                               hint="the chat template drops the assistant's text")  # fmt: skip
+        n_tokens, n_features = side.visual_box_BN4.shape[1], count_features(loaded, side)
+        if n_features is not None and n_features != n_tokens:
+            hint = "its processor and its weights do not belong together (patch size, image size, select strategy)"
+            raise EvlecgError(f"the {role} has {n_tokens} image tokens in its text and {n_features} image features",
+                              where=loaded.checkpoint.name, hint=hint)  # fmt: skip
         matters = image_matters(loaded, side)
         told = {
             "family": loaded.checkpoint.model_type,
             "parameters": loaded.n_parameters,
             "page_px": list(encoder.size_px),
-            "visual_tokens": int(side.visual_BS[0].sum()),
+            "visual_tokens": side.visual_box_BN4.shape[1],
             "sequence": int(side.valid_BS[0].sum()),
             "vocabulary": loaded.checkpoint.vocab_size,
             "image_effect": matters,

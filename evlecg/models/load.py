@@ -12,6 +12,8 @@ from typing import Any
 
 from evlecg.errors import EvlecgError
 from evlecg.files import sha256_file
+from evlecg.models.apart import Apart, apart_of, config_value, visual_width
+from evlecg.models.families import Family, family_of
 from evlecg.recipe import nearest
 from evlecg.schema import ModelFacts
 
@@ -49,6 +51,16 @@ class Checkpoint:
     vocab_size: int
     original: Any = None
 
+    @property
+    def family(self) -> Family:
+        """What is particular about its family."""
+        return family_of(self.model_type)
+
+    @property
+    def apart(self) -> Apart | None:
+        """How its image stands apart from its text; None where it does not."""
+        return apart_of(self.config)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -70,7 +82,7 @@ class Loaded:
     @property
     def facts(self) -> ModelFacts:
         """What an objective has to know."""
-        return ModelFacts(self.checkpoint.width, self.checkpoint.vocab_size)
+        return ModelFacts(self.checkpoint.width, self.checkpoint.vocab_size, visual_width(self.checkpoint.config))
 
 
 def resolve(name: str) -> tuple[str, bool]:
@@ -102,7 +114,7 @@ def inspect(name: str) -> Checkpoint:
     """Reads a checkpoint's config only.
 
     Raises:
-        EvlecgError: nothing there, not an image-text-to-text family, or no image placeholder.
+        EvlecgError: nothing there, not an image-text-to-text family, or one that cannot work (the reason is given).
     """
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -124,12 +136,20 @@ def inspect(name: str) -> Checkpoint:
             where=name,
             hint="name a vision-language checkpoint",
         )
-    image_token_id = getattr(config, "image_token_id", None)
+    family = family_of(config.model_type)
+    if family.refused:
+        raise EvlecgError(
+            f"family {config.model_type!r} can be neither teacher nor student: it {family.refused}", where=name
+        )
+    image_token_id = config_value(config, family.image_token_id)
+    row = apart_of(config)
+    if image_token_id is None and row is not None and (row.visual or row.marks):
+        image_token_id = -1  # its text holds no placeholder, and needs none
     if image_token_id is None:
         raise EvlecgError(
             f"family {config.model_type!r} has no image placeholder in its text",
             where=name,
-            hint="only early-fusion families are supported so far",
+            hint="models/apart.py holds the families that need none; this one has no row there",
         )
     text = config.get_text_config()
     return Checkpoint(
@@ -140,7 +160,7 @@ def inspect(name: str) -> Checkpoint:
         trained=trained,
         image_token_id=int(image_token_id),
         width=int(text.hidden_size),
-        vocab_size=int(text.vocab_size),
+        vocab_size=int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size),
         original=original,
     )
 
@@ -169,6 +189,9 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(checkpoint.source)
+    except ImportError as error:
+        message = "the checkpoint's processor needs a package"
+        raise EvlecgError(message, where=checkpoint.name, hint=_first_line(error)) from error
     except Exception as error:
         raise EvlecgError("the checkpoint has no usable processor", where=checkpoint.name, hint=hint) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:

@@ -1,0 +1,109 @@
+"""Studies: what is chosen, what the table says, and a whole small one with a cell that fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from evlecg.errors import EvlecgError
+from evlecg.study import Method, Study, choose, final_cells, find_study, load_study, run_study, study_table, tune_cells
+
+GRID = {"train.lr": [1e-3, 2e-3]}
+STUDY = Study(
+    name="small", recipe="quickstart", pairs={"p": {}}, seeds=(1, 2, 3), tune_seeds=(0,),
+    methods={"ce": Method({"method": "ce"}, GRID), "evl": Method({}, GRID), "uld": Method({"method": "uld"})},
+)  # fmt: skip
+
+
+def cell(stage, method, seed, configuration, auc):
+    return {"stage": stage, "pair": "p", "method": method, "size": None, "seed": seed, "configuration": configuration,
+            "auc": auc, "seconds": 36.0}  # fmt: skip
+
+
+def tuned():
+    scores = {"ce": (0.7, 0.6), "evl": (None, 0.8)}
+    return [cell("tune", name, 0, {"train.lr": lr}, auc)
+            for name, aucs in scores.items() for lr, auc in zip(GRID["train.lr"], aucs, strict=True)]  # fmt: skip
+
+
+def test_only_what_has_a_choice_is_tuned_and_the_best_mean_wins():
+    assert [(c.method, c.configuration) for c in tune_cells(STUDY)] == [
+        (name, {"train.lr": lr}) for name in ("ce", "evl") for lr in GRID["train.lr"]
+    ]
+    chosen = {row["method"]: row for row in choose(STUDY, tuned())}
+    assert chosen["ce"]["configuration"] == {"train.lr": 1e-3} and chosen["ce"]["validation_auc"] == 0.7
+    assert chosen["evl"]["configuration"] == {"train.lr": 2e-3}, "a failed configuration counts as nothing"
+    assert chosen["uld"]["configuration"] == {} and chosen["uld"]["tried"] == 1
+    finals = final_cells(STUDY, list(chosen.values()))
+    assert len(finals) == 9 and {c.seed for c in finals} == {1, 2, 3} and all(c.stage == "final" for c in finals)
+    assert len({c.key for c in finals}) == 9
+
+
+def test_the_table_holds_means_paired_tests_and_failures():
+    chosen = choose(STUDY, tuned())
+    scores = {"ce": (0.70, 0.72, 0.71), "evl": (0.80, 0.83, 0.80), "uld": (None, None, None)}
+    cells = [cell("final", name, seed, {}, auc) for name, aucs in scores.items()
+             for seed, auc in zip((1, 2, 3), aucs, strict=True)]  # fmt: skip
+    table = study_table(STUDY, {"cells": tuned() + cells, "chosen": chosen, "teachers": {"p": 0.9}})
+    from scipy import stats
+
+    p = stats.ttest_rel(scores["evl"], scores["ce"]).pvalue
+    ce = next(line for line in table.splitlines() if line.startswith("| ce "))
+    assert "0.710 ± 0.010" in ce and f"+0.100 (+0.075 to +0.125), {p:.3f}, {p:.3f}" in ce and ce.endswith("| 2 |")
+    assert "| evl | 0.810 ± 0.017 | 3 | +0.100 |" in table and "| teacher | 0.900 |" in table
+    assert "| uld | failed | 0 |" in table
+    assert "13 runs, 4 of them failed, 0.13 hours" in table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"leader": "elv"}, "did you mean 'evl'"),
+        ({"budget": 1}, "2 configurations are more than the budget of 1"),
+        ({"seeds": [0, 1]}, "both choose and tell"),
+        ({"sedes": [1]}, "did you mean 'seeds'"),
+        ({"methods": {"ce": {"set": {"metod": "ce"}}, "evl": {}}}, "unknown key metod"),
+        ({"pairs": None}, "a study needs pairs"),
+    ],
+)
+def test_mistakes_fail_before_anything_runs(tmp_path, change, message):
+    tree = {"name": "s", "recipe": "quickstart", "pairs": {"p": {}}, "seeds": [1],
+            "methods": {"ce": {"set": {"method": "ce"}, "tune": GRID}, "evl": {}}}  # fmt: skip
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(tree | change))
+    with pytest.raises(EvlecgError, match=message):
+        load_study(tmp_path / "s.yaml")
+
+
+def test_the_shipped_studies_are_valid():
+    study = load_study(find_study("methods"))
+    assert {"ce", "uld", "dskd", "evl", "evl-strict"} <= set(study.methods)
+    assert {len(method.configurations()) for method in study.methods.values()} == {4}, "the same budget for all"
+    with pytest.raises(EvlecgError, match="did you mean 'methods'"):
+        find_study("methods1")
+
+
+def test_a_whole_study_goes_on_where_it_stopped(checkpoints, synthetic, tmp_path):
+    tree = {
+        "name": "whole", "recipe": "quickstart", "seeds": [1],
+        "pairs": {"tiny": {"teacher": str(checkpoints["llava"]), "student": str(checkpoints["idefics3"]),
+                           "data.dir": str(synthetic), "train.max_steps": 1, "train.batch_size": 4}},
+        "methods": {"ce": {"set": {"method": "ce"}},
+                    "evl": {"set": {"objective.align.heads": 5, "objective.lambda_m": 1.0}}},  # 5 does not divide 24
+    }  # fmt: skip
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(tree))
+    study, out = load_study(tmp_path / "whole.yaml"), tmp_path / "out"
+    told = run_study(study, out=out, workers=2)
+    by_name = {found["method"]: found for found in told["cells"]}
+    assert 0 <= by_name["ce"]["auc"] <= 1 and set(by_name["ce"]["labels"]) == {"NORM", "MI", "STTC", "CD", "HYP"}
+    assert by_name["evl"]["auc"] is None and "5 attention heads do not divide" in by_name["evl"]["error"]
+    assert 0 <= told["teachers"]["tiny"] <= 1
+    assert "| evl | failed |" in (out / "table.md").read_text()
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(told))
+    made = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+    assert len(made) == 2 and not list(out.glob("cells/*/run/student")), "weights are not kept"
+    run_study(study, out=out, workers=2)
+    assert made == {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}, "nothing ran again"
+    with pytest.raises(EvlecgError, match="another study"):
+        run_study(STUDY, out=out)

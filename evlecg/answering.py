@@ -225,7 +225,7 @@ def _answer(
     generator = Generator(
         loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None, max_new_tokens=max_new_tokens
     )
-    generator.prove_padding(asked[0].record_index, [Turn.of(entry.question, "") for entry in asked])
+    generator.prove(asked[0].record_index, [Turn.of(entry.question, "") for entry in asked])
     by_item = {(entry.item.subset, entry.item.id): entry for entry in asked}
     open_ = [entry for entry in asked if entry.item not in log]
     with progress.task(f"answer {name}", len(asked)) as advance:

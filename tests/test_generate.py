@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from evlecg.data.store import Prepared
+from evlecg.errors import EvlecgError
 from evlecg.models import load as models
 from evlecg.models.batch import draw
 from evlecg.models.encode import Turn
-from evlecg.models.generate import Generator, left_padded
+from evlecg.models.generate import Generator, prompts
+from evlecg.models.outputs import forward
 from evlecg.page.render import PageStyle
+from tests.families import BUILDERS
 
 FAMILIES = ("llava", "idefics3", "idefics3_tiles", "qwen2_vl")
 ASKED = [
@@ -55,7 +58,7 @@ def plainly(made: Generator, index: int, turn: Turn, n: int) -> tuple[list[int],
 def test_answers_are_those_of_token_by_token_forward(checkpoints, synthetic, family):
     made = generator(checkpoints[family], synthetic)
     made.loaded.model.generation_config.repetition_penalty = 5.0  # a checkpoint's own file may say so
-    made.prove_padding(0, [turn for _, turn in ASKED])
+    made.prove(0, [turn for _, turn in ASKED])
     assert made.padded, made.padding_note
     answers = made.generate(ASKED)
     for (index, turn), answer in zip(ASKED, answers, strict=True):
@@ -82,11 +85,36 @@ def test_a_family_that_cannot_be_padded_gets_batches_of_one_length(checkpoints, 
     expected = [made.generate([one])[0] for one in ASKED]
     monkeypatch.setattr(made.loaded.model, "forward", blind)
     turns = [turn for _, turn in ASKED]
-    made.prove_padding(0, turns)
+    made.prove(0, turns)
     assert not made.padded and "logits differ" in made.padding_note
     for places in made.batches([*turns, *turns], 8):
         assert len({made.length((turns * 2)[place]) for place in places}) == 1
     assert made.generate(ASKED) == expected
+
+
+@pytest.mark.parametrize("family", ["janus", "mllama", "florence2", "paligemma"])
+def test_families_of_other_forms_answer_too(synthetic, tmp_path, family):
+    """A template that ends in a space, masks of image and text, a decoder of its own, no template."""
+    made = generator(BUILDERS[family](tmp_path), synthetic, n=6)
+    turns = [turn for _, turn in ASKED]
+    made.prove(0, turns)
+    assert made.padded, made.padding_note
+    answers = made.generate(ASKED)
+    assert answers == [made.generate([one])[0] for one in ASKED]
+    assert len({answer.text for answer in answers}) > 1
+
+
+def test_a_family_that_generates_from_another_prompt_is_found_out(checkpoints, synthetic, monkeypatch):
+    """BLIP's captioner drops the last token of what it is given."""
+    made = generator(checkpoints["idefics3"], synthetic, n=4)
+    inner = made.loaded.model.generate
+
+    def drops(input_ids, attention_mask, **named):
+        return inner(input_ids=input_ids[:, :-1], attention_mask=attention_mask[:, :-1], **named)
+
+    monkeypatch.setattr(made.loaded.model, "generate", drops)
+    with pytest.raises(EvlecgError, match="does not generate from the prompt"):
+        made.prove(0, [turn for _, turn in ASKED])
 
 
 def test_batches_hold_like_lengths_longest_first(checkpoints, synthetic):
@@ -94,7 +122,7 @@ def test_batches_hold_like_lengths_longest_first(checkpoints, synthetic):
     made.padded = True
     turns = [Turn("Why " * n, "") for n in (1, 9, 3, 7, 5)]
     assert made.batches(turns, 2) == [[1, 3], [4, 2], [0]]
-    made.prove_padding(0, turns[:1])
+    made.prove(0, turns[:1])
     assert not made.padded and made.padding_note == "all prompts are of one length"
 
 
@@ -113,13 +141,35 @@ def test_an_answer_stops_where_its_turn_ends(checkpoints, synthetic, family):
     assert (answer.text, answer.n_tokens, answer.ended) == ("", 1, True)
 
 
-def test_padding_moves_to_the_left_and_pixels_stay():
+def test_prompts_lose_their_answers_and_are_padded_on_the_left():
     inputs = {
-        "input_ids": torch.tensor([[5, 6, 7], [8, 0, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+        "input_ids": torch.tensor([[5, 6, 7, 8], [8, 4, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
         "pixel_values": torch.rand(2, 3, 4, 4),
+        "cross_attention_mask": torch.tensor([[[1], [2], [3], [4]], [[5], [6], [0], [0]]]),
     }
-    moved = left_padded(inputs)
-    assert moved["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    moved = prompts(inputs, torch.tensor([1, 1]), pad_id=9)
+    assert moved["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
     assert moved["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert moved["cross_attention_mask"].tolist() == [[[1], [2], [3]], [[0], [0], [5]]]
     assert moved["pixel_values"] is inputs["pixel_values"]
+    decoder = {"decoder_input_ids": torch.tensor([[1, 3], [1, 4]]), "decoder_attention_mask": torch.ones(2, 2).long()}
+    moved = prompts({"input_ids": torch.tensor([[5, 6], [7, 0]]), **decoder}, torch.tensor([1, 1]), pad_id=9)
+    assert moved["input_ids"].tolist() == [[5, 6], [7, 0]] and moved["decoder_input_ids"].tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_token_is_predicted_as_in_training(checkpoints, synthetic, family):
+    """Also where the template ends in a space, which training reads as a part of the answer's first token."""
+    made = generator(checkpoints[family], synthetic, n=1)
+    template = made.encoder.processor.chat_template
+    head, closing = template[: template.rindex("{% endif %}")], "{% endif %}"
+    for ending in ("", " "):
+        made.encoder.processor.chat_template = head + ending + closing
+        made.encoder._tails.clear()
+        result, _ = made._run(made._inputs(ASKED[:1]), max_new_tokens=1, output_logits=True)
+        page = draw(made.prepared, 0, made.encoder.size_px, made.style)
+        side = made.encoder.encode([page], [[ASKED[0][1]]])
+        with torch.no_grad():
+            expected = forward(made.loaded, side).answer_logits_AV[0]
+        torch.testing.assert_close(result.logits[0][0], expected, atol=1e-4, rtol=1e-4)

@@ -2,9 +2,9 @@
 
 Prompts of one length need no padding. Prompts of several lengths are padded on the left, where the next token is
 predicted at the end of every row; whether a checkpoint then says what it says to each prompt alone is tried once
-(`prove_padding`), as families differ in whether their positions follow the mask.
+(`prove`), as families differ in whether their positions follow the mask.
 
-Shape legend: B batch rows, S positions of the prompt, V vocabulary.
+Shape legend: B batch rows, S positions of prompt and answer, T positions of the prompt, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from evlecg.data.store import Prepared
 from evlecg.errors import EvlecgError
 from evlecg.models.batch import draw
 from evlecg.models.encode import Encoder, Turn
-from evlecg.models.load import Loaded
-from evlecg.models.outputs import PACKING_TOLERANCE, to_device
+from evlecg.models.load import Loaded, quiet
+from evlecg.models.outputs import PACKING_TOLERANCE, forward, to_device
 from evlecg.page.render import PageStyle
+from evlecg.schema import Side
 
+ANY_ANSWER = "A"  # stands where an answer will
 PROVED_TOKENS = 3  # the first is read off the padded prompt, the others off its cache
 
 
@@ -90,7 +92,7 @@ class Generator:
 
     def length(self, turn: Turn) -> int:
         """Tokens of a question's prompt, the image counted as one."""
-        return len(self.encoder.tokenizer(self.encoder.text(_open(turn))[0])["input_ids"])
+        return len(self.encoder.tokenizer(self.encoder.text(turn)[0])["input_ids"])
 
     def batches(self, turns: Sequence[Turn], batch_size: int) -> list[list[int]]:
         """Places of the turns, those of like length together: the longest first, so that memory fails early or never.
@@ -109,17 +111,31 @@ class Generator:
         return batches
 
     @torch.no_grad()
-    def prove_padding(self, record_index: int, turns: Sequence[Turn]) -> None:
-        """Tries the shortest and the longest of some prompts in one batch; used from then on if the logits are those
-        of each alone."""
+    def prove(self, record_index: int, turns: Sequence[Turn]) -> None:
+        """Tries the shortest and the longest of some prompts before all are answered.
+
+        The first token must be predicted as training predicts it. If both prompts in one batch get the logits of each
+        alone, prompts are padded from then on.
+
+        Raises:
+            EvlecgError: the family's own generation reads something else than the prompt.
+        """
         by_length = sorted(turns, key=self.length)
-        if not turns or self.length(by_length[0]) == self.length(by_length[-1]):
+        asked = [(record_index, by_length[0]), (record_index, by_length[-1])]
+        alone = [self._first_logits([one])[0] for one in asked]
+        allowed = PACKING_TOLERANCE.get(next(self.loaded.model.parameters()).dtype, 1e-3)
+        outputs = forward(self.loaded, to_device(self._side(asked[1:]), self.loaded.model.device))
+        found, expected = alone[1][0][0], outputs.answer_logits_AV[0].float()
+        if float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)) > allowed:
+            raise EvlecgError(
+                f"family {self.loaded.checkpoint.model_type!r} does not generate from the prompt that it is given",
+                where=self.loaded.checkpoint.name, hint="--protocol likelihood scores labels without generating",
+            )  # fmt: skip
+        if self.length(by_length[0]) == self.length(by_length[-1]):
             self.padded, self.padding_note = False, "all prompts are of one length"
             return
-        asked = [(record_index, by_length[0]), (record_index, by_length[-1])]
         try:
             together = self._first_logits(asked)
-            alone = [self._first_logits([one])[0] for one in asked]
         except EvlecgError:
             raise
         except Exception as error:  # families that cannot read a padded prompt fail in their own ways
@@ -127,12 +143,12 @@ class Generator:
             self.padding_note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return
         difference = max(_difference(*both) for both in zip(together, alone, strict=True))
-        allowed = PACKING_TOLERANCE.get(next(self.loaded.model.parameters()).dtype, 1e-3)
         self.padded, self.padding_note = difference <= allowed, f"logits differ by {difference:.1e} of the largest"
 
     def _first_logits(self, asked: Sequence[tuple[int, Turn]]) -> list[tuple[Tensor, list[int]]]:
         """Logits [steps, V] of every prompt's first answer tokens, and those tokens."""
-        result, start = self._run(asked, max_new_tokens=PROVED_TOKENS, min_new_tokens=PROVED_TOKENS, output_logits=True)
+        settings = {"max_new_tokens": PROVED_TOKENS, "min_new_tokens": PROVED_TOKENS, "output_logits": True}
+        result, start = self._run(self._inputs(asked), **settings)
         logits_BTV = torch.stack(result.logits, dim=1).float()
         return list(zip(logits_BTV, result.sequences[:, start:].tolist(), strict=True))
 
@@ -149,7 +165,8 @@ class Generator:
         """
         answers: dict[int, Generated] = {}
         for rows in self._rows_together(asked):
-            result, start = self._run([asked[row] for row in rows], max_new_tokens=self.max_new_tokens)
+            inputs = self._inputs([asked[row] for row in rows])
+            result, start = self._run(inputs, max_new_tokens=self.max_new_tokens)
             for row, ids in zip(rows, result.sequences[:, start:].tolist(), strict=True):
                 answers[row] = self._answer(ids)
         return [answers[row] for row in range(len(asked))]
@@ -170,24 +187,64 @@ class Generator:
         text = self.encoder.tokenizer.decode(said, skip_special_tokens=True).strip()
         return Generated(text, len(ids) if stop is None else stop + 1, stop is not None)
 
-    def _run(self, asked: Sequence[tuple[int, Turn]], **settings: Any) -> tuple[Any, int]:
+    def _side(self, asked: Sequence[tuple[int, Turn]]) -> Side:
+        """The rows that training would read, with an answer that stands for any."""
+        pages = [draw(self.prepared, index, self.encoder.size_px, self.style) for index, _ in asked]
+        turns = [
+            Turn(turn.question, ANY_ANSWER, ends=False, history=turn.history, label=turn.label) for _, turn in asked
+        ]
+        return self.encoder.encode(pages, [[turn] for turn in turns])
+
+    def _inputs(self, asked: Sequence[tuple[int, Turn]]) -> dict[str, Any]:
+        """What the model reads before it answers: the row that training would read, up to the answer.
+
+        Not the prompt's own tokens: where a template ends in a space, that space is part of the answer's first token.
+        """
+        side = self._side(asked)
+        n_answer_B = torch.bincount(side.answer_A2[:, 0], minlength=len(asked))
+        return to_device(prompts(side.inputs, n_answer_B, self.encoder.pad_id), self.loaded.model.device)
+
+    def _run(self, inputs: dict[str, Any], **settings: Any) -> tuple[Any, int]:
         """What `generate` of the model returns, and where its answers start."""
         from transformers import GenerationConfig
 
-        model = self.loaded.model.eval()
-        pages = [draw(self.prepared, index, self.encoder.size_px, self.style) for index, _ in asked]
-        side = self.encoder.encode(pages, [[_open(turn)] for _, turn in asked])
-        inputs = to_device(left_padded(side.inputs), model.device)
         config = GenerationConfig(
             do_sample=False, num_beams=1, use_cache=True, eos_token_id=self.ends, pad_token_id=self.encoder.pad_id,
             return_dict_in_generate=True,
             # greedy means the likeliest token: what a checkpoint's own file says on repeats does not hold
             repetition_penalty=1.0, no_repeat_ngram_size=0, **settings,
         )  # fmt: skip
-        result = model.generate(**inputs, generation_config=config)
-        if model.config.is_encoder_decoder:  # a text of its own, which begins with a mark
-            return result, inputs["decoder_input_ids"].shape[1] if "decoder_input_ids" in inputs else 1
-        return result, inputs["input_ids"].shape[1]
+        with quiet():  # advice on settings that are the checkpoint's
+            result = self.loaded.model.eval().generate(**inputs, generation_config=config)
+        return result, inputs[_text_key(inputs)].shape[1]
+
+
+def prompts(inputs: dict[str, Any], n_answer_B: Tensor, pad_id: int) -> dict[str, Any]:
+    """A model's inputs without the answers at the end of their text, padded on the left; pixels stay.
+
+    Args:
+        inputs: padded on the right.
+        n_answer_B: tokens of every row's answer.
+        pad_id: of the text.
+    """
+    ids_key = _text_key(inputs)
+    mask_BS = inputs[ids_key.replace("input_ids", "attention_mask")]
+    kept_B1 = mask_BS.sum(1, keepdim=True) - n_answer_B[:, None]
+    longest = int(kept_B1.max())
+    from_BT = torch.arange(longest)[None] - (longest - kept_B1)
+    rows_B1 = torch.arange(len(mask_BS))[:, None]
+    cut = dict(inputs)
+    for key, value in inputs.items():
+        of_text = isinstance(value, Tensor) and value.shape[:2] == mask_BS.shape  # masks of images have more axes
+        if of_text and key.startswith("decoder_") == ids_key.startswith("decoder_"):
+            cut[key] = value[rows_B1, from_BT.clamp(min=0)]
+            cut[key][from_BT < 0] = pad_id if key == ids_key else 0
+    return cut
+
+
+def _text_key(inputs: dict[str, Any]) -> str:
+    """The text that the answer is written in: a decoder's own, where there is one."""
+    return "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
 
 
 def _difference(one: tuple[Tensor, list[int]], other: tuple[Tensor, list[int]]) -> float:
@@ -197,21 +254,3 @@ def _difference(one: tuple[Tensor, list[int]], other: tuple[Tensor, list[int]]) 
         steps += 1
     logits, others = one[0][:steps], other[0][:steps]
     return float((logits - others).abs().max() / others.abs().max().clamp_min(1e-6))
-
-
-def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model's inputs with the padding of every [B, S] tensor moved from the right to the left; pixels stay."""
-    mask_BS = inputs["attention_mask"]
-    if bool(mask_BS.all()):
-        return dict(inputs)
-    length = mask_BS.shape[1]
-    from_BS = (torch.arange(length)[None] + mask_BS.long().sum(1, keepdim=True)) % length
-    return {
-        key: value.gather(1, from_BS) if isinstance(value, Tensor) and value.shape == mask_BS.shape else value
-        for key, value in inputs.items()
-    }
-
-
-def _open(turn: Turn) -> Turn:
-    """The turn as it is put to a model: without an answer, and not ended."""
-    return Turn(turn.question, "", ends=False, history=turn.history, label=turn.label)

@@ -101,7 +101,6 @@ def test_families_of_other_forms_answer_too(synthetic, tmp_path, family):
     assert made.padded, made.padding_note
     answers = made.generate(ASKED)
     assert answers == [made.generate([one])[0] for one in ASKED]
-    assert len({answer.text for answer in answers}) > 1
 
 
 def test_a_family_that_generates_from_another_prompt_is_found_out(checkpoints, synthetic, monkeypatch):

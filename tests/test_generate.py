@@ -140,6 +140,17 @@ def test_an_answer_stops_where_its_turn_ends(checkpoints, synthetic, family):
     assert (answer.text, answer.n_tokens, answer.ended) == ("", 1, True)
 
 
+def test_a_template_may_end_turns_with_another_mark_than_the_text(checkpoints, synthetic):
+    made = generator(checkpoints["idefics3"], synthetic)
+    tokenizer = made.loaded.processor.tokenizer
+    mark, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<end_of_utterance>", "<|endoftext|>"))
+    tokenizer.eos_token = "<|endoftext|>"
+    made.loaded.model.generation_config.eos_token_id = None
+    assert Generator(made.loaded, made.prepared, made.style).ends == sorted([mark, end])
+    made.loaded.model.generation_config.eos_token_id = [7]
+    assert Generator(made.loaded, made.prepared, made.style).ends == sorted([7, mark, end])
+
+
 def test_prompts_lose_their_answers_and_are_padded_on_the_left():
     inputs = {
         "input_ids": torch.tensor([[5, 6, 7, 8], [8, 4, 0, 0]]),

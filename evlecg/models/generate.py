@@ -81,7 +81,8 @@ class Generator:
         """Ids after which nothing more is said: what the template writes behind an answer, and the model's own."""
         behind = [self.encoder.answer_ids(Turn("", ".", ends=ends)) for ends in (True, False)]
         marks = set(behind[0][len(behind[1]) : len(behind[1]) + 1])
-        marks &= set(self.encoder.tokenizer.all_special_ids)  # a template may close a turn with plain text
+        added = self.encoder.tokenizer.added_tokens_decoder
+        marks = {mark for mark in marks if mark in added and added[mark].special}  # or the template closes with text
         own = self.loaded.model.generation_config.eos_token_id
         for ids in (own, self.encoder.tokenizer.eos_token_id):
             marks |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])

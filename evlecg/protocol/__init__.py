@@ -9,7 +9,7 @@ compare(AUC_HARD, {"a": scores_a.subsets["ptb-test"].scored, ...})
 from evlecg.protocol.bench import SUBSETS, Item, Subset, published
 from evlecg.protocol.judged import JUDGED, Verdicts, read_verdicts
 from evlecg.protocol.parsers import PARSERS, Named, Parser
-from evlecg.protocol.replies import Joined, Reply, ReplyLog, join, model_of, named, read_replies
+from evlecg.protocol.replies import Joined, Reply, ReplyLog, join, model_of, read_replies
 from evlecg.protocol.scores import SEED, Read, SubsetScores, TextScores, score, subset_of
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "Verdicts",
     "join",
     "model_of",
-    "named",
     "published",
     "read_replies",
     "read_verdicts",

@@ -21,7 +21,6 @@ from evlecg.protocol.bench import SUBSETS, Item
 ID_KEYS = ("question_id", "id", "No")
 TEXT_KEYS = ("text", "response")
 TALK_KEYS = ("predict_convs", "response")  # the arena's: both answers of a dialogue in one row
-SHOWN_IDS = 10
 
 
 @dataclass(frozen=True)
@@ -251,12 +250,6 @@ class ReplyLog:
 
     def __exit__(self, *exception: object) -> None:
         self._stream.close()
-
-
-def named(ids: Sequence[str]) -> str:
-    """`3 (a, b, c)`: a count, and which."""
-    shown = ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
-    return f"{len(ids)}" + (f" ({shown})" if ids else "")
 
 
 def model_of(replies: Sequence[Reply], default: str) -> str:

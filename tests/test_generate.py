@@ -116,6 +116,17 @@ def test_a_family_that_generates_from_another_prompt_is_found_out(checkpoints, s
         made.prove(0, [turn for _, turn in ASKED])
 
 
+def test_a_family_that_cannot_generate_is_told_in_one_line(checkpoints, synthetic, monkeypatch):
+    made = generator(checkpoints["idefics3"], synthetic)
+
+    def broken(**named):
+        raise IndexError("list index out of range")  # a cache with the encoder's number of layers
+
+    monkeypatch.setattr(made.loaded.model, "generate", broken)
+    with pytest.raises(EvlecgError, match="cannot generate with the installed transformers"):
+        made.prove(0, [turn for _, turn in ASKED])
+
+
 def test_batches_hold_like_lengths_longest_first(checkpoints, synthetic):
     made = generator(checkpoints["idefics3"], synthetic)
     made.padded = True

@@ -123,7 +123,13 @@ class Generator:
         """
         by_length = sorted(turns, key=self.length)
         asked = [(record_index, by_length[0]), (record_index, by_length[-1])]
-        alone = [self._first_logits([one])[0] for one in asked]
+        try:
+            alone = [self._first_logits([one])[0] for one in asked]
+        except (IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise EvlecgError(
+                f"family {self.loaded.checkpoint.model_type!r} cannot generate with the installed transformers",
+                where=self.loaded.checkpoint.name, hint=f"{type(error).__name__}: {str(error)[:200]}",
+            ) from error  # fmt: skip
         allowed = PACKING_TOLERANCE.get(next(self.loaded.model.parameters()).dtype, 1e-3)
         outputs = forward(self.loaded, to_device(self._side(asked[1:]), self.loaded.model.device))
         found, expected = alone[1][0][0], outputs.answer_logits_AV[0].float()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evlecg.answering import TextProtocol, chosen_protocol, evaluate_text
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import chosen_labels, label_samples
 from evlecg.errors import EvlecgError
@@ -43,9 +44,13 @@ def evaluate(
     n_boot: int = N_BOOT,
     max_records: int | None = None,
     overwrite: bool = False,
+    protocol: str | None = "likelihood",
+    text: TextProtocol | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Scores every assessed label of a split by the likelihood of "yes" against "no", and writes the report.
+
+    Under the protocol `ecgbench` the model answers the dataset's own questions in words instead (answering.py).
 
     Args:
         model: run folder, export folder, checkpoint folder, hub id or builtin:NAME.
@@ -63,21 +68,29 @@ def evaluate(
         n_boot: bootstrap resamples over patients.
         max_records: score the first N records of the split only.
         overwrite: replace what `out` holds.
+        protocol: `likelihood` or `ecgbench`; None: what the data and `text` call for.
+        text: how answers in words are made and read; None: the defaults.
         progress: who listens.
     """
     progress = progress or Progress()
     prepared = Prepared.open(data)
     if split not in SPLIT_NAMES:
         raise EvlecgError(f"unknown split {split!r}", where="--split", hint=f"one of {', '.join(SPLIT_NAMES)}")
+    indices = (range(len(prepared)) if split == "all" else prepared.indices(split).tolist())[:max_records]
+    text = text or TextProtocol()
+    if chosen_protocol(protocol, prepared, indices, text) == "ecgbench":
+        return evaluate_text(
+            model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
+            n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     trained = trained_with(Path(models.resolve(model)[0]))
     wording = question or trained.question
     known = tuple(label for label in trained.labels if label in prepared.label_names)
-    checkpoint = models.inspect(model, kind=kind, trust_remote_code=trust_remote_code)
+    checkpoint = models.inspect(model, kind=kind, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     names = chosen_labels(prepared, DataConfig(labels=labels or known, question=wording))
     if checkpoint.kind != "text":
         names = _names_in_head(checkpoint, names, explicit=bool(labels))
-    indices = range(len(prepared)) if split == "all" else prepared.indices(split).tolist()
-    samples = label_samples(prepared, indices[:max_records], names, wording)
+    samples = label_samples(prepared, indices, names, wording)
     if not samples:
         raise EvlecgError(f"the split {split!r} has no record with an assessed label", where=data,
                           hint="--split all, or prepare more records")  # fmt: skip

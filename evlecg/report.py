@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from evlecg import __version__
 from evlecg.files import write_text_atomic
@@ -32,6 +32,18 @@ SCORE_FORMULAS = {  # Prediction.source -> how the score of one label of one rec
 }
 
 
+class TextSection(Protocol):
+    """What was read off the text of answers: `metrics.text`, and how a report shows it (plain text and Markdown)."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def summary(self) -> list[str]: ...
+
+    def tables(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]: ...
+
+    def formulas(self) -> list[str]: ...
+
+
 @dataclass(frozen=True)
 class Report:
     """What one model scored on one split of one dataset.
@@ -45,6 +57,7 @@ class Report:
         left_out: what is missing from the numbers -> why (rejected records, ...); undefined labels add themselves.
         score_source: `Prediction.source` of the scores, a key of `SCORE_FORMULAS`.
         provenance: what was run with what; plain JSON values, `environment()` among them.
+        text: scores of answers as text; None where likelihoods were scored.
     """
 
     model: str
@@ -57,6 +70,7 @@ class Report:
     left_out: Mapping[str, str] = field(default_factory=dict)
     score_source: str = "likelihood"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    text: TextSection | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.auc.labels) or len(set(self.labels)) != len(self.labels):
@@ -88,7 +102,7 @@ class Report:
             "split": self.split,
             "n_records": self.n_records,
             "n_patients": self.n_patients,
-            "metrics": {"auc": self._auc_dict()},
+            "metrics": {"auc": self._auc_dict(), **({"text": self.text.to_dict()} if self.text else {})},
             "left_out": self.all_left_out,
             "score_source": self.score_source,
             "provenance": dict(self.provenance),
@@ -114,12 +128,9 @@ class Report:
             [
                 f"# {_cell(self.model)} on {_cell(self.dataset)} ({self.split})",
                 "",
-                *self._summary(),
+                *(self.text.summary() if self.text else self._summary()),
                 "",
-                "## Labels, weakest first",
-                "",
-                *self._label_table(),
-                "",
+                *self._tables(),
                 "## Left out",
                 "",
                 *([f"- {_cell(what)}: {_cell(why)}" for what, why in self.all_left_out.items()] or ["Nothing."]),
@@ -155,6 +166,12 @@ class Report:
             lines.append(f"- Without an interval, hence no evidence by themselves: {', '.join(unsure)}.")
         return lines
 
+    def _tables(self) -> list[str]:
+        tables = [] if self.text and not self.labels else [("Labels, weakest first", self._label_table())]
+        if self.text:
+            tables += [(title, _table(columns, rows)) for title, columns, rows in self.text.tables()]
+        return [line for title, lines in tables for line in (f"## {title}", "", *lines, "")]
+
     def _label_table(self) -> list[str]:
         def weakness(item: tuple[str, LabelAuc]) -> float:
             return float("inf") if item[1].value is None else item[1].value
@@ -166,6 +183,8 @@ class Report:
         return _table(("label", "AUC", "95% interval", "positive", "negative"), rows)
 
     def _formulas(self) -> list[str]:
+        if self.text and not self.labels:
+            return self.text.formulas()
         return [
             SCORE_FORMULAS[self.score_source],
             "AUC of a label = (pairs in which the positive record scores higher + half of the ties) / all pairs of a "

@@ -99,7 +99,7 @@ def test_a_batch_gives_what_its_rows_give_alone(built, family):
         text = encoder.tokenizer.decode(alone_side.answer_ids_A, skip_special_tokens=True).replace(" ", "")
         assert text == turn.answer.replace(" ", "")
         read_A = alone_side.byte_end_BS[0, alone_side.answer_A2[:, 1]]
-        assert read_A[-1] == len(turn.answer) and bool((read_A.diff() >= 0).all())
+        assert read_A[-1] == len(turn.answer) + 1 and bool((read_A.diff() >= 0).all())
         assert not alone_side.byte_end_BS[0, : alone_side.answer_A2[0, 1]].any()
 
 

@@ -181,7 +181,7 @@ def startup_checks(
             "trained": trained if role == "student" else 0,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "page_px": list(encoder.size_px) if encoder.size_px else None,
-            "signal": dataclasses.asdict(loaded.form) if loaded.form else None,
+            "signal": dataclasses.asdict(loaded.form) | {"window_s": loaded.form.window_s} if loaded.form else None,
             "visual_tokens": tokens,
             "image_features": features,
             "sequence": longest,

@@ -106,6 +106,7 @@ def build(
     if train.teacher_bits and recipe.needs_teacher and texts:  # is there a library that quantises?
         adapt.quantisation(models.shapes(checkpoints[1]), train.teacher_bits, compute_dtype=train.teacher_dtype)
     packs = train.packing != "never" and max(len(sample.questions) for sample in samples) > 1
+    packs = packs and not any(checkpoint.kind == "text" and checkpoint.apart for checkpoint in checkpoints)
     memory = None
     if texts:
         encoders += [

@@ -12,11 +12,10 @@ from evlecg.training.step import Job
 PROBE_RECORDS = 8  # that figures and spectra are taken from
 
 
-def _probe(job: Job) -> tuple[Any, Any, Any, Any] | None:
-    """A few clean training records as both models see them: (batch, pages, student's outputs, teacher's or None)."""
+def _probe(job: Job) -> tuple[Any, Any, Any] | None:
+    """A few clean training records as both models see them: (batch, student's outputs, teacher's or None)."""
     import torch
 
-    from evlecg.models.batch import draw
     from evlecg.models.outputs import forward, to_device
 
     if not job.recipe.log.figures or not job.accelerator.is_main_process:
@@ -26,14 +25,13 @@ def _probe(job: Job) -> tuple[Any, Any, Any, Any] | None:
         builder = dataclasses.replace(builder, teacher=None)
     places = range(min(PROBE_RECORDS, len(builder.samples)))
     batch = to_device(builder(places), job.accelerator.device)
-    pages = [draw(builder.prepared, builder.samples[0].record_index, builder.student.size_px, builder.style)]
     training = job.student.model.training
     job.student.model.eval()
     with torch.no_grad():
         outputs = forward(job.student, batch.student, visual_layer=job.recipe.objective.visual_layer)
         taught = job.signal(batch) if job.signal is not None else None
     job.student.model.train(training)
-    return batch, pages, outputs, taught
+    return batch, outputs, taught
 
 
 def keep_spectra(job: Job, out: Path, when: str) -> None:
@@ -45,7 +43,7 @@ def keep_spectra(job: Job, out: Path, when: str) -> None:
     found = _probe(job)
     if found is None:
         return
-    _, _, student, teacher = found
+    _, student, teacher = found
     sides = {f"student {when}": student} | ({"teacher": teacher} if teacher is not None else {})
     spectra = {
         name: singular_values(outputs.visual_BND[outputs.side.visual_mask_BN].float().cpu().numpy())
@@ -63,6 +61,8 @@ def draw_figures(job: Job, out: Path) -> None:
 
     from evlecg.figures import TokenPlaces, curves_figure, spectrum_figure, transport_figure
     from evlecg.losses.transport import token_lead
+    from evlecg.models.batch import draw
+    from evlecg.models.views import view_of
 
     found = _probe(job)
     if found is None:
@@ -78,25 +78,27 @@ def draw_figures(job: Job, out: Path) -> None:
                 spectra |= {name: held[name] for name in held.files}
             path.unlink()
     spectrum_figure(folder, {name: spectra[name] for name in sorted(spectra, reverse=True)})
-    batch, pages, student, teacher = found
+    batch, student, teacher = found
     transport = getattr(job.accelerator.unwrap_model(job.objective), "transport", None)
-    if teacher is None or transport is None:
-        return
+    if teacher is None or transport is None or {student.side.frame, teacher.side.frame} != {"page"}:
+        return  # a plan is shown over a page, and both sides have to be on it
     with torch.no_grad():
         solved = transport(student, teacher, batch)
     if solved is None:
         return
+    builder = job.builder
+    page = draw(builder.prepared, builder.samples[0].record_index, view_of(builder.student), builder.style)
     places, kept = [], []
     for side in (teacher.side, student.side):
         lead_BN = token_lead(side.visual_box_BN4, side.visual_mask_BN, side.cell_box_BC4, batch.cell_lead_C)
         valid_N = side.visual_mask_BN[0].cpu().numpy()
         box_N4 = side.visual_box_BN4[0].cpu().numpy()[valid_N]
         middles_N2 = np.stack([box_N4[:, [0, 2]].mean(1), box_N4[:, [1, 3]].mean(1)], 1)
-        _, time_s_N = pages[0].layout.paper.locate(middles_N2)
+        _, time_s_N = page.layout.paper.locate(middles_N2)
         places.append(TokenPlaces(lead_BN[0].cpu().numpy()[valid_N], time_s_N, box_N4))
         kept.append(valid_N)
     cost_NM = solved.cost_BNM[0].float().cpu().numpy()[np.ix_(*kept)]
     transport_figure(
         folder, plan_NM=solved.plan_BNM[0].float().cpu().numpy()[np.ix_(*kept)], cost_NM=cost_NM / cost_NM.mean(),
-        teacher=places[0], student=places[1], page_HW3=pages[0].pixels, record=batch.sample_ids[0],
+        teacher=places[0], student=places[1], page_HW3=page.pixels, record=batch.sample_ids[0],
     )  # fmt: skip

@@ -16,7 +16,7 @@ from evlecg.data.readers import READERS
 from evlecg.data.store import is_prepared, read_manifest
 from evlecg.distill import RunResult, distill
 from evlecg.errors import EvlecgError
-from evlecg.evaluate import evaluate, paired
+from evlecg.evaluate import compare_reports, evaluate
 from evlecg.export import ExportResult, export
 from evlecg.files import write_text_atomic
 from evlecg.metrics import Difference
@@ -53,7 +53,7 @@ class LineResult:
             "steps": self.run.steps,
             "seconds": self.run.seconds,
             **comparison_dict(self.reports),
-            "distilled_minus_sft": dataclasses.asdict(self.gain) if self.gain else None,
+            "distilled_minus_sft": self.gain.to_dict() if self.gain else None,
             "export": self.exported.to_dict() if self.exported else None,
         }
 
@@ -102,8 +102,11 @@ def run_line(
                 batch_size=recipe.train.batch_size, overwrite=True, progress=progress,
             )  # fmt: skip
             reports.append((role, report))
-        if {"SFT-only", "distilled"} <= {role for role, _ in reports}:
-            gain = paired(out / "report" / "distilled", out / "report" / "SFT-only")
+        if len(reports) > 1:
+            folders = {role: out / "report" / role for role, _ in reversed(reports)}  # distilled minus the others
+            compared = compare_reports(folders, out=out / "report" / "paired", overwrite=True)
+            if {"SFT-only", "distilled"} <= set(folders):
+                gain = compared.auroc.pair("distilled", "SFT-only").headline
         about = f"{reports[0][1].dataset} ({finish.eval_split}), {reports[0][1].n_records} records\n\n"
         write_text_atomic(out / "report" / "comparison.md", about + comparison_markdown(reports))
     exported = export(out, out=out / "export", overwrite=True, progress=progress) if finish.export else None

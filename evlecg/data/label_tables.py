@@ -179,8 +179,8 @@ BROADER: dict[str, tuple[str, ...]] = {
 # Of these, all kinds are listed: who was looked at for every kind and has none does not have it.
 COMPLETE = frozenset({"AMI-any", "IMI-any", "STTC-other", "AVB", "LFB", "ISCA", "ISCI", "ISCH", "AFAFL"})
 
-# What of the tracing a label hangs on -> why -> the labels. "several": on more than one of these, so that it says nothing
-# about any. A report groups labels by it, to see whether a student lost one part of the reading more than another.
+# What of the tracing a label hangs on -> why -> the labels. "several": on more than one of these, so that it says
+# nothing about any. Reports group by it, to see whether a student lost one part of the reading more than another.
 LABEL_BASIS: dict[str, dict[str, tuple[str, ...]]] = {
     "QRS shape": {
         "a delayed or redirected activation widens or notches the QRS complex": (

@@ -13,7 +13,7 @@ Amounts are drawn for every record by its place in the folder, so that two model
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import cv2
@@ -54,16 +54,22 @@ def _other_layout(style: PageStyle) -> PageStyle:
     return dataclasses.replace(style, layout="3x4" if style.layout == "6x2" else "6x2")
 
 
+def _told(most: Mapping[str, float]) -> str:
+    """`{"wander_mV": 0.3}` -> `wander 0.3 mV`."""
+    parts = ((*name.partition("_")[::2], value) for name, value in most.items())
+    return ", ".join(f"{name} {value:g} {unit}".strip() for name, unit, value in parts)
+
+
 _NOISE = {name: LEVELS["photo"][name] for name in NOISES}
 _PHOTO = {name: LEVELS["photo"][name] for name in PAGE if name in LEVELS["photo"]}
 DISTURBANCES: dict[str, Disturbance] = {
     "noise": Disturbance(
-        "up to " + ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in _NOISE.items()), _NOISE
+        f"up to {_told(_NOISE)}", _NOISE
     ),
     "lead-loss": Disturbance(f"{LOST_LEADS} leads read nothing", {"flat_leads": LOST_LEADS}, exact=True),
     "layout": Disturbance("arranged 6x2 (3x4 where it was 6x2)", {}, style=_other_layout),
     "photo": Disturbance(
-        "up to " + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in _PHOTO.items()), _PHOTO,
+        f"up to {_told(_PHOTO)}", _PHOTO,
         of_pictures=True,
     ),
 }  # fmt: skip

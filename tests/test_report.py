@@ -203,7 +203,7 @@ def test_tables_hold_every_number_weakest_first() -> None:
     assert groups["ST/T"][0] == f"{weakest.value:.3f}" and groups["ST/T"][-1] == "STTC"
     sexes = rows(to_markdown(report), "sex")
     assert sexes["F"][3] == "the reference" and int(sexes["F"][1]) + int(sexes["M"][1]) == 99
-    assert "Unknown for 1 records." in to_markdown(report)
+    assert "Unknown for 1 record." in to_markdown(report)
 
 
 def test_markdown_says_what_was_left_out_how_it_was_counted_and_from_what() -> None:
@@ -286,7 +286,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_it_is_given() ->
     page.feed(html)
     assert page.open == []
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert len(page.addresses) == 4, "ROC, calibration, two pages"
+    assert len(page.addresses) == 3 + 3 + 2, "ROC and calibration of three labels, two pages"
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert "url(" not in html and "@import" not in html
     assert "&lt;script&gt;alert(1)" in html

@@ -135,8 +135,12 @@ class Report:
 
     @property
     def weakest(self) -> str | None:
-        """The label with the lowest AUROC (the first of several), None where none is defined."""
-        defined = {name: label.value for name, label in self.label_aucs.items() if label.value is not None}
+        """The label with the lowest AUROC (the first of several), None where none is defined.
+
+        One without an interval, that is, of a single patient, only where no other has one.
+        """
+        defined = {name: (label.ci95 is None, label.value) for name, label in self.label_aucs.items()
+                   if label.value is not None}  # fmt: skip
         return min(defined, key=defined.__getitem__) if defined else None
 
     @property

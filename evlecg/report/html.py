@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from evlecg.report import plots
@@ -34,9 +34,12 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th { text-align: left; color: var(--dim); font-weight: 600; vertical-align: bottom; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); }
 td { vertical-align: top; white-space: nowrap; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; max-width: 45vw; }
 td.text { white-space: normal; min-width: 12rem; max-width: 34rem; overflow-wrap: anywhere; }
 td.num, th.num { text-align: right; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; display: block; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 16rem), 1fr)); gap: .75rem;
+  max-width: 56rem; margin-bottom: .5rem; } .panels img { width: 100%; }
 .pages { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.25rem; }
 .pages figure { margin: 0; } .pages img { border: 1px solid var(--line); width: 100%; }
 details summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin: 2.5rem 0 .5rem; padding-top: .75rem;
@@ -109,26 +112,34 @@ def _facts(report: Report) -> list[str]:
 
 def _roc(measured: Measured) -> list[str]:
     drawn = {label: curve for label, curve in measured.curves.items() if curve.x}
-    if not drawn:
-        return []
     values = {label: measured.auroc.labels[label].value or 0.0 for label in drawn}
     chosen = sorted(drawn, key=values.__getitem__)[: plots.PANELS]
-    picture = plots.roc_plot([(f"{label}, {values[label]:.3f}", drawn[label]) for label in chosen])
-    caption = "ROC curves" + (f" of the {len(chosen)} weakest labels" if len(chosen) < len(drawn) else "")
-    return [_figure(picture, "image/svg+xml", f"{caption}, with their AUROC; dashed: chance.")]
+    which = f" of the {len(chosen)} weakest labels" if len(chosen) < len(drawn) else ""
+    return _panels({label: plots.roc_plot(f"{label}, {values[label]:.3f}", drawn[label]) for label in chosen},
+                   f"ROC curves{which}, with their AUROC; dashed: chance.")  # fmt: skip
 
 
 def _calibration(measured: Measured) -> list[str]:
-    drawn = {label: curve for label, curve in measured.calibrated.curves.items() if curve.bins}
-    if not drawn:
-        return []
+    """Of labels with both classes: where a label never occurs, every score is too high, and no plot is needed."""
+    drawn = {label: curve for label, curve in measured.calibrated.curves.items()
+             if measured.auroc.labels[label].value is not None}  # fmt: skip
     errors = {label: measured.calibrated.ece.labels[label].value or 0.0 for label in drawn}
     chosen = sorted(drawn, key=errors.__getitem__, reverse=True)[: plots.PANELS]
-    picture = plots.calibration_plot([(f"{label}, ECE {errors[label]:.3f}", drawn[label]) for label in chosen])
     which = f" of the {len(chosen)} labels with the highest ECE" if len(chosen) < len(drawn) else ""
-    return [_figure(picture, "image/svg+xml", f"Reliability{which}: share of records in which the label is present "
-                    "against the mean score, in ten bins of equal width; dots grow with the number of records, "
-                    "whiskers are 95% intervals. A calibrated model lies on the dashed line.")]  # fmt: skip
+    return _panels(
+        {label: plots.calibration_plot(f"{label}, ECE {errors[label]:.3f}", drawn[label]) for label in chosen},
+        f"Reliability{which}: share of records in which the label is present against the mean score, in ten bins of "
+        "equal width; dots grow with the number of records, whiskers are 95% intervals. A calibrated model lies on the "
+        "dashed line.",
+    )
+
+
+def _panels(pictures: Mapping[str, bytes], caption: str) -> list[str]:
+    """Small pictures in as many columns as there is room for."""
+    if not pictures:
+        return []
+    images = [_image(content, "image/svg+xml", label) for label, content in pictures.items()]
+    return ['<figure><div class="panels">', *images, "</div>", f"<figcaption>{escape(caption)}</figcaption></figure>"]
 
 
 def _pages(report: Report) -> list[str]:
@@ -143,13 +154,16 @@ def _pages(report: Report) -> list[str]:
 
 
 def _figure(content: bytes, kind: str, caption: str) -> str:
-    data = base64.b64encode(content).decode()
-    return (f'<figure><img src="data:{kind};base64,{data}" alt="{escape(caption)}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>")  # fmt: skip
+    return f"<figure>{_image(content, kind, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _image(content: bytes, kind: str, told: str) -> str:
+    return f'<img src="data:{kind};base64,{base64.b64encode(content).decode()}" alt="{escape(told)}">'
 
 
 def _table(table: Table) -> list[str]:
-    numeric = [all(_is_number(row[k]) for row in table.rows) for k in range(len(table.columns))]
+    numeric = [all(_is_number(row[k]) for row in table.rows) and any(row[k] for row in table.rows)
+               for k in range(len(table.columns))]  # fmt: skip
     lines = ['<div class="scroll"><table>', "<thead><tr>"]
     lines += [f"<th{' class=num' if right else ''}>{escape(name)}</th>"
               for name, right in zip(table.columns, numeric, strict=True)]  # fmt: skip

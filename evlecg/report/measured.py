@@ -27,6 +27,7 @@ from evlecg.metrics import (
     SPECIFICITY,
     Calibration,
     Curve,
+    EceIfCalibrated,
     Estimate,
     Estimates,
     GroupTable,
@@ -37,6 +38,7 @@ from evlecg.metrics import (
     by_group,
     delong_auroc,
     ece,
+    ece_if_calibrated,
     estimate,
     fit_temperature,
     fixed_thresholds,
@@ -51,6 +53,7 @@ ANSWERED = 0.5  # of the normalised likelihood of yes: what the model would answ
 FIXED_SPECIFICITY = 0.9
 DECISIONS = (AUC_HARD, F1, SENSITIVITY, SPECIFICITY, HAMMING_LOSS, ACCURACY)
 ECE = ece()
+ECE_DRAWS = 300  # p below 0.05 needs no more, and there is one for every label
 CURVES_WITH_INTERVALS = 9  # labels; with more, an interval for every bin of each would cost more than all else
 
 # key of `decisions` -> how thresholds are chosen on validation
@@ -82,6 +85,7 @@ class Calibrated:
 
     Attributes:
         brier, ece: of the scores as they are.
+        ece_if_calibrated: label -> the ECE that exactly right scores would show.
         curves: label -> reliability curve.
         temperature: fitted on validation; None without one.
         brier_after, ece_after: with it.
@@ -89,6 +93,7 @@ class Calibrated:
 
     brier: Estimates
     ece: Estimates
+    ece_if_calibrated: Mapping[str, EceIfCalibrated]
     curves: Mapping[str, ReliabilityCurve]
     temperature: Calibration | None = None
     brier_after: Estimates | None = None
@@ -98,6 +103,7 @@ class Calibrated:
         return {
             "brier": self.brier.to_dict(),
             "ece": self.ece.to_dict(),
+            "ece_if_calibrated": {label: found.to_dict() for label, found in self.ece_if_calibrated.items()},
             "reliability": {label: curve.to_dict() for label, curve in self.curves.items()},
             "temperature": self.temperature.to_dict() if self.temperature else None,
             "brier_after_temperature": self.brier_after.to_dict() if self.brier_after else None,
@@ -194,6 +200,7 @@ def measure(
         calibrated=Calibrated(
             found(BRIER, scored),
             found(ECE, scored),
+            {label: ece_if_calibrated(scored, label, n_draws=ECE_DRAWS, seed=seed) for label in scored.labels},
             {label: reliability_curve(scored, label, n_boot=curve_boot, seed=seed) for label in scored.labels},
             temperature,
             found(BRIER, after) if after else None,

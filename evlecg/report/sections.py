@@ -65,6 +65,11 @@ def difference_text(difference: Difference) -> str:
     return f"{difference.value:+.3f}" + (f" ({low_high[0]:+.3f} to {low_high[1]:+.3f})" if low_high else "")
 
 
+def counted(n: int, what: str) -> str:
+    """`1 record`, `2 records`."""
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
 def p_text(p: float | None) -> str:
     return UNDEFINED if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -102,7 +107,7 @@ def summary(report: Report) -> list[str]:
     """The first answer, then where it is worse; the first line is the headline."""
     if report.text:
         return [line for line in report.text.summary() if line]
-    scored = f"{report.n_records} records of {report.n_patients} patients"
+    scored = f"{counted(report.n_records, 'record')} of {counted(report.n_patients, 'patient')}"
     measured = report.measured
     if measured is None or report.weakest is None:
         return [f"**No AUROC**: among {scored}, no label has both classes."]
@@ -115,7 +120,8 @@ def summary(report: Report) -> list[str]:
     if report.gates:
         lines.append(f"**Gates not met: {', '.join(missed)}.**" if missed else "All gates are met.")
     weak = report.label_aucs[report.weakest]
-    lines.append(f"Weakest label: {report.weakest} {estimate_text(weak)}, {weak.n_pos} records with it.")
+    with_it = counted(weak.n_pos or 0, "record")
+    lines.append(f"Weakest label: {report.weakest} {estimate_text(weak)}, {with_it} with it.")
     chance = [name for name, label in report.label_aucs.items() if label.ci95 is not None and label.ci95[0] <= 0.5]
     if chance:
         lines.append(f"Not shown to be better than chance: {', '.join(chance)}.")
@@ -157,9 +163,10 @@ def label_table(report: Report, measured: Measured) -> Table:
             interval(measured.delong[name].ci95), str(auc.n_pos), str(auc.n - (auc.n_pos or 0)),
             number(average.value), number(measured.calibrated.brier.labels[name].value),
             number(measured.calibrated.ece.labels[name].value),
+            number(measured.calibrated.ece_if_calibrated[name].expected),
         ))  # fmt: skip
     return Table(("label", "meaning", "AUROC", "95% interval", "DeLong's", "positive", "negative",
-                  "average precision", "Brier", "ECE"), rows)  # fmt: skip
+                  "average precision", "Brier", "ECE", "ECE if calibrated"), rows)  # fmt: skip
 
 
 def _label_groups(measured: Measured) -> Iterator[Section]:
@@ -201,7 +208,7 @@ def _subgroups(measured: Measured) -> Iterator[Section]:
 
 
 def _ungrouped(table: GroupTable) -> tuple[str, ...]:
-    return (f"Unknown for {table.n_ungrouped} records.",) if table.n_ungrouped else ()
+    return (f"Unknown for {counted(table.n_ungrouped, 'record')}.",) if table.n_ungrouped else ()
 
 
 def group_table(table: GroupTable) -> Table:
@@ -209,8 +216,11 @@ def group_table(table: GroupTable) -> Table:
     for name, estimates in table.groups.items():
         found = estimates.headline
         against = table.differences.get(name)
+        # a macro counts records of labels that have a value; the group's own are those of its best assessed label
+        n_patients = max([found.n_patients, *(label.n_patients for label in estimates.labels.values())])
+        n_records = max([found.n, *(label.n for label in estimates.labels.values())])
         rows.append((
-            name, str(found.n_patients), str(found.n), estimate_text(found),
+            name, str(n_patients), str(n_records), estimate_text(found),
             "the reference" if name == table.reference else difference_text(against) if against else UNDEFINED,
             p_text(against.p_holm) if against else "", found.undefined_because or "",
         ))  # fmt: skip
@@ -261,6 +271,13 @@ def _calibration(measured: Measured) -> Iterator[Section]:
         else:
             reasons = dict.fromkeys(calibrated.temperature.undefined_because.values())
             lines.append(f"No temperature: {'; '.join(reasons)}.")
+    lines.append(
+        "An ECE is above 0 for a calibrated model too, the more so the fewer the records: what it would be then stands "
+        "in the table of labels. Its interval is mirrored against that bias, hence may lie below the value."
+    )
+    off = [label for label, found in calibrated.ece_if_calibrated.items() if found.p is not None and found.p < 0.05]
+    if off:
+        lines.append(f"Off by more than chance (p below 0.05, not adjusted): {', '.join(off)}.")
     yield Section("calibration", "Whether scores are probabilities", tuple(lines))
 
 

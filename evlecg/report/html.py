@@ -179,7 +179,7 @@ def _table(table: Table) -> list[str]:
 
 
 def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"[+-]?[\d.,]+|–|", text))
+    return bool(re.fullmatch(r"[<+-]?[\d.,]+|–|", text))
 
 
 def _marked(line: str) -> str:

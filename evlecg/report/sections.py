@@ -376,7 +376,9 @@ def comparison_sections(
              str(estimates.headline.n), str(estimates.headline.n_patients))
             for name, estimates in comparison.models.items()]  # fmt: skip
     first = next(iter(comparison.models.values()))
-    yield Section("models", "Models", tuple(notes), (
+    told = [f"{pair.a} minus {pair.b}: macro AUROC {difference_text(pair.headline)}, p {p_text(pair.headline.p_holm)} "
+            f"(adjusted over {counted(len(comparison.pairs), 'pair')})." for pair in comparison.pairs]  # fmt: skip
+    yield Section("models", "Models", (*told, *notes), (
         Table(("model", *(f"{kind} AUROC" for kind in first.overall), "records", "patients"), rows),))  # fmt: skip
 
     def differences(title: str, key: str, part: str, lead: tuple[str, ...]) -> Section:
@@ -386,7 +388,7 @@ def comparison_sections(
             for pair in comparison.pairs
             for name, found in getattr(pair, part).items()
         ]  # fmt: skip
-        heads = ("models", "", "difference (95% interval)", "p", "p (Holm)", "")
+        heads = ("models", "of", "difference (95% interval)", "p", "p (Holm)", "")
         return Section(key, title, lead, (Table(heads, rows),))
 
     yield differences("Differences over all labels", "overall", "overall", ())

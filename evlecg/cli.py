@@ -37,6 +37,12 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout; everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and the result only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python files that come with a checkpoint (read them first).")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights where there are no safetensors.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
 
@@ -47,6 +53,15 @@ class Split(str, Enum):
     val = "val"
     test = "test"
     all = "all"
+
+
+class Kind(str, Enum):
+    """What a model reads and answers."""
+
+    auto = "auto"
+    text = "text"
+    image = "image"
+    signal = "signal"
 
 
 def _version(asked: bool) -> None:
@@ -172,6 +187,16 @@ def distill(
         str | None, typer.Option(help="Study file or shipped study: a grid of runs, told in one table (needs --out).")
     ] = None,
     workers: Annotated[int, typer.Option(help="Runs of a study at the same time.", min=1)] = 1,
+    student_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = None,
+    teacher_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = None,
+    teacher_bits: Annotated[int | None, typer.Option(help="8 or 4: quantise the teacher while it loads.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank (with the projector).")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Checks, memory and time of a step; leaves nothing on disk.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on where the run is not expected to fit.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -186,6 +211,8 @@ def distill(
     overrides: dict[str, Any] = {
         "teacher": teacher, "student": student, "data.dir": data, "method": method, "seed": seed,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
+        "train.dtype": student_dtype, "train.teacher_dtype": teacher_dtype, "train.teacher_bits": teacher_bits,
+        "lora.rank": lora_rank, "trust_remote_code": trust_remote_code or None, "allow_pickle": allow_pickle or None,
     }  # fmt: skip
     if resume and out is None:
         raise EvlecgError("--resume needs the run to go on with", where="--out", hint="--out RUN")
@@ -197,9 +224,19 @@ def distill(
     if out is None:
         out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{resolved.name}"
 
-    from evlecg.pipeline import run_line  # torch loads here: bad recipes have failed by now
+    from evlecg.pipeline import rehearse_line, run_line  # torch loads here: bad recipes have failed by now
 
-    result = run_line(resolved, out=out, resume=resume, overwrite=overwrite, progress=_progress(quiet, verbose))
+    progress = _progress(quiet, verbose)
+    if dry_run:
+        rehearsed = rehearse_line(resolved, force=force, progress=progress)
+        if as_json:
+            return _print_json(rehearsed.to_dict())
+        typer.echo(
+            f"dry run: {rehearsed.total_steps} steps of {rehearsed.step_s:.3g} s: about "
+            f"{_duration(rehearsed.estimated_s)} of training, start included; nothing was written"
+        )
+        return None
+    result = run_line(resolved, out=out, resume=resume, overwrite=overwrite, force=force, progress=progress)
     if as_json:
         return _print_json(result.to_dict())
     if result.reports:
@@ -267,6 +304,9 @@ def eval_(
         str | None, typer.Option(help="Score again under noise, lead-loss, layout, photo (comma-separated).")
     ] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Measure FLOPs, latency and memory of one record.")] = False,
+    kind: Annotated[Kind, typer.Option(help="What the model reads and answers (auto: its config tells).")] = Kind.auto,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -297,7 +337,8 @@ def eval_(
     if compare:
         return _compare(
             compared or [], dataset, out, as_json, overwrite, progress, split=split.value, labels=only_labels,
-            batch_size=batch_size, max_records=max_records, thresholds_from=thresholds_from,
+            batch_size=batch_size, max_records=max_records, thresholds_from=thresholds_from, kind=kind.value,
+            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
         )  # fmt: skip
     if dataset is None:
         raise EvlecgError("eval needs a dataset", where="--dataset", hint="evlecg eval --dataset NAME")
@@ -310,7 +351,8 @@ def eval_(
     report = evaluate(
         model, data=data, out=out, split=split.value, labels=only_labels, batch_size=batch_size,
         max_records=max_records, thresholds_from=thresholds_from, gates=gates, robustness=disturbances, cost=cost,
-        overwrite=overwrite, progress=progress,
+        kind=kind.value, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, overwrite=overwrite,
+        progress=progress,
     )  # fmt: skip
     if junit is not None:
         write_junit(junit, report.gates, f"{model} on {report.dataset} ({report.split})")
@@ -381,6 +423,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
     dtype: Annotated[str, typer.Option(help="auto (as trained), float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -389,7 +432,10 @@ def export(
     """Write the student alone, reload it with plain transformers and compare logits."""
     from evlecg.export import export as job
 
-    result = job(run, out=out, format=format, dtype=dtype, overwrite=overwrite, progress=_progress(quiet, verbose))
+    result = job(
+        run, out=out, format=format, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
+        progress=_progress(quiet, verbose),
+    )  # fmt: skip
     if as_json:
         return _print_json(result.to_dict())
     typer.echo(f"student: {result.weights} ({result.n_parameters:,} parameters, {result.n_bytes:,} bytes)")
@@ -487,6 +533,13 @@ def _progress(quiet: bool, verbose: bool) -> Progress:
     if _rank():
         return Progress()
     return ConsoleProgress(-1 if quiet else int(verbose))
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _print_json(tree: dict[str, Any]) -> None:

@@ -64,7 +64,8 @@ def _flops(model: Any, scorer: Scorer, sample: Sample) -> int | None:
     """None where attention cannot be made eager: fused attention is not counted everywhere."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    before = getattr(model.config, "_attn_implementation", None)
+    model = model if hasattr(model, "set_attn_implementation") else getattr(model, "model", model)  # a classifier
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
         model.set_attn_implementation("eager")
     except (AttributeError, ValueError):

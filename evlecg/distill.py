@@ -8,17 +8,19 @@ import json
 import logging
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import chosen_labels, training_samples
 from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import new_folder, write_text_atomic
 from evlecg.models import load as models
+from evlecg.models.kinds import signal_config
 from evlecg.models.trained import TrainedWith
 from evlecg.page.augment import augmenter
 from evlecg.page.render import page_style
@@ -26,10 +28,16 @@ from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.report import environment
 
+if TYPE_CHECKING:
+    from evlecg.models.memory import MemoryEstimate, Verdict
+
 WEAK_SHARE = 0.01  # of the gradient; a term below it changes next to nothing
 PROBE_RECORDS = 8  # that figures and spectra are taken from
 ANSWER_BATCH = 16  # records a forward pass when the teacher is asked for its answers
 MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
+REHEARSED_STEPS = 3
+ESTIMATE_FROM = 20_000_000  # parameters of both models
+PLENTY_BYTES = 1_600  # a parameter: a hundred times what a weight, its gradient and its optimizer states take
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,12 @@ def distill(
     out: Path,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
     """Trains a student and leaves a run folder: recipe.yaml, metrics.jsonl, student/, checkpoints/, run.json.
+
+    With LoRA there is adapter/ too, in peft's layout; student/ holds the merged model.
 
     Args:
         recipe: what to do.
@@ -61,6 +72,7 @@ def distill(
         out: run folder; it must be missing or empty, unless `resume` or `overwrite`.
         resume: go on from the newest checkpoint in `out`.
         overwrite: replace an older run, once everything that can be checked before the first step has been.
+        force: go on where the memory estimate says that the run does not fit.
         progress: who listens.
 
     Raises:
@@ -69,14 +81,10 @@ def distill(
     """
     progress = progress or Progress()
     start_s = time.monotonic()
-    prepared = Prepared.open(data)
-    labels = chosen_labels(prepared, recipe.data)
-    indices = prepared.indices("train")[: recipe.data.max_train].tolist()
-    samples = training_samples(prepared, indices, recipe.data, seed=recipe.seed)
-    if not samples:
-        raise EvlecgError("the prepared folder has no training record about which anything can be asked", where=data)
+    prepared, samples, labels = _opened(recipe, data)
     _check_out(out, resume, overwrite)
-    job = _build(recipe, prepared, samples, progress)  # models load here; nothing is on disk yet
+    # models load here; nothing is on disk yet
+    job = _build(recipe, prepared, samples, labels, progress, force=force)
 
     if overwrite and out.exists():
         shutil.rmtree(out)
@@ -89,13 +97,102 @@ def distill(
     _spectra(job, out, "after")
     _figures(job, out)
 
+    if job.accelerator.is_main_process:
+        _save_student(job, out)  # adapters are merged here
     seconds = time.monotonic() - start_s
     result = RunResult(out, state.step, seconds, len(samples), job.student.n_parameters, last)
     if job.accelerator.is_main_process:
-        _save_student(job, out)
         write_text_atomic(out / "run.json", json.dumps(_provenance(job, result, labels), indent=2) + "\n")
     job.accelerator.wait_for_everyone()
     return result
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would be: everything up to its first steps has happened, and nothing is on disk.
+
+    Attributes:
+        checks: the start-up checks, memory included.
+        total_steps: optimizer steps of the whole run.
+        step_s: median seconds of a measured step, without the first.
+        later_step_s: the same once `train.remember_teacher` answers from memory; `step_s` without it.
+        start_s: seconds until the first step.
+        estimated_s: seconds of the whole training; reports, control and export come on top.
+    """
+
+    checks: dict[str, Any]
+    total_steps: int
+    step_s: float
+    later_step_s: float
+    start_s: float
+    estimated_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def rehearse(recipe: Recipe, *, data: Path, force: bool = False, progress: Progress | None = None) -> DryRun:
+    """Does what `distill` does up to and including its first steps, writes nothing, and says what the rest would take.
+
+    Args:
+        recipe, data, force, progress: as for `distill`.
+
+    Raises:
+        EvlecgError: bad input.
+        RunFailed: the loss is not finite.
+    """
+    progress = progress or Progress()
+    begun_s = time.monotonic()
+    prepared, samples, labels = _opened(recipe, data)
+    job = _build(recipe, prepared, samples, labels, progress, force=force, always_estimate=True)
+    start_s = time.monotonic() - begun_s
+    first, later = _timed_steps(job)
+    remembers = recipe.needs_teacher and recipe.train.remember_teacher
+    if remembers:
+        _, later = _timed_steps(job)  # the same records again
+    epoch = math.ceil(job.total_steps / recipe.train.epochs) if remembers else job.total_steps
+    epoch = min(epoch, job.total_steps)
+    step_s = first if remembers else later
+    estimated_s = start_s + epoch * step_s + (job.total_steps - epoch) * later
+    return DryRun(job.checks, job.total_steps, step_s, later, start_s, estimated_s)
+
+
+def _timed_steps(job: _Job) -> tuple[float, float]:
+    """Takes `REHEARSED_STEPS` steps, loading included; the median seconds of those after the first, twice over.
+
+    The first of a process also pays for allocators and kernels; a run of one step has no other.
+    """
+    from evlecg.models.adapt import train_mode
+    from evlecg.models.batch import epoch_batches
+
+    recipe, taken_s = job.recipe, []
+    train_mode(job.student.model)
+    batches = epoch_batches(
+        len(job.builder.samples), recipe.train.batch_size, seed=recipe.seed, epoch=0,
+        process=job.accelerator.process_index, processes=job.accelerator.num_processes,
+    )  # fmt: skip
+    groups = _grouped(
+        _loader(job, batches[: REHEARSED_STEPS * recipe.train.accumulation], 0), recipe.train.accumulation
+    )
+    begun_s = time.monotonic()
+    for group in groups:
+        if _step(job, group, _Position(), diagnose=False, gradients=False) is None:
+            raise RunFailed("the loss of a first step is not finite", where=recipe.name, hint="lower train.lr")
+        taken_s.append(time.monotonic() - begun_s)
+        begun_s = time.monotonic()
+    seconds = statistics.median(taken_s[1:] or taken_s)
+    return seconds, seconds
+
+
+def _opened(recipe: Recipe, data: Path) -> tuple[Prepared, list, tuple[str, ...]]:
+    """The prepared folder, its training samples, and the labels that they are about."""
+    prepared = Prepared.open(data)
+    labels = chosen_labels(prepared, recipe.data)
+    indices = prepared.indices("train")[: recipe.data.max_train].tolist()
+    samples = training_samples(prepared, indices, recipe.data, seed=recipe.seed)
+    if not samples:
+        raise EvlecgError("the prepared folder has no training record about which anything can be asked", where=data)
+    return prepared, samples, labels
 
 
 @dataclass
@@ -133,18 +230,31 @@ class _Job:
     total_steps: int
     needs: frozenset[str]
     checks: dict[str, Any]
+    adapted: Any = None  # the PeftModel around the student's model, with LoRA
 
 
-def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress) -> _Job:
+def _build(
+    recipe: Recipe, prepared: Prepared, samples: list, labels: tuple[str, ...], progress: Progress, *, force: bool,
+    always_estimate: bool = False,
+) -> _Job:  # fmt: skip
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
     from transformers import get_scheduler
 
     from evlecg.losses.objective import METHODS
+    from evlecg.models import adapt
     from evlecg.models.batch import BatchBuilder, epoch_batches
-    from evlecg.models.checks import freeze_vision, startup_checks
+    from evlecg.models.checks import (
+        check_labels,
+        check_lengths,
+        check_samples,
+        longest_samples,
+        startup_checks,
+    )  # fmt: skip
     from evlecg.models.encode import Encoder
+    from evlecg.models.memory import Verdict, free_bytes
+    from evlecg.models.views import encoder_for
     from evlecg.models.vocabulary import token_bytes
     from evlecg.teacher import LiveTeacher, RememberingTeacher
 
@@ -158,46 +268,94 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
         raise EvlecgError(
             "a teacher that is remembered must see the same pages in every epoch", where="augment", hint=hint
         )
-    student_checkpoint = models.inspect(recipe.student)
-    teacher_checkpoint = models.inspect(recipe.teacher) if recipe.needs_teacher else None
-    if student_checkpoint.original is not None and student_checkpoint.original.tiled:
+    permissions = {"trust_remote_code": recipe.trust_remote_code, "allow_pickle": recipe.allow_pickle}
+    checkpoints = [models.inspect(recipe.student, kind=recipe.student_kind, **permissions)]
+    if recipe.needs_teacher:
+        checkpoints.append(models.inspect(recipe.teacher, kind=recipe.teacher_kind, **permissions))
+    for checkpoint in checkpoints:
+        check_samples(checkpoint, prepared, samples)
+    if checkpoints[0].original is not None and checkpoints[0].original.tiled:
         hint = "no transformers family lays tiles out flat, so what was trained could not be loaded again"
         raise EvlecgError("this original LLaVA layout can teach only", where=recipe.student, hint=hint)
+    sizes = (_pair(recipe.page.student_size), _pair(recipe.page.teacher_size))
+    style = page_style(recipe.page)
+    accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
+    texts = all(checkpoint.kind == "text" for checkpoint in checkpoints)
+    processors: list[Any] = [models.load_processor(checkpoint) if texts else None for checkpoint in checkpoints]
+    encoders: list[Any] = []
+
+    def build(packed: bool) -> BatchBuilder:
+        teacher_encoder = encoders[1] if len(encoders) > 1 else None
+        return BatchBuilder(prepared, samples, style, encoders[0], teacher_encoder, packed=packed)
+
+    def fits(packed: bool) -> Verdict | None:
+        """Before any weight is read. Where there is plenty, tracing a step would be the dearer part of a small run."""
+        size, free = _size(checkpoints), free_bytes(accelerator.device)
+        if not always_estimate and size < ESTIMATE_FROM and size * PLENTY_BYTES < free:
+            return None
+        batch = build(packed)(longest_samples(samples, train.batch_size))
+        found = step_memory(recipe, batch, *checkpoints, device=accelerator.device, n_samples=len(samples))
+        verdict = Verdict(found, free, str(accelerator.device))
+        verdict.check(force=force)
+        return verdict
+
+    if train.teacher_bits and recipe.needs_teacher and texts:  # is there a library that quantises?
+        adapt.quantisation(models.shapes(checkpoints[1]), train.teacher_bits, compute_dtype=train.teacher_dtype)
+    packs = train.packing != "never" and max(len(sample.questions) for sample in samples) > 1
+    memory = None
+    if texts:
+        encoders += [
+            Encoder(checkpoint, processor, size_px=size)
+            for checkpoint, processor, size in zip(checkpoints, processors, sizes, strict=False)
+        ]
+        check_lengths(build(packs)(longest_samples(samples, 1)), checkpoints)
+        memory = fits(packs)
 
     set_seed(recipe.seed)
-    accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
-    student = models.load(student_checkpoint, dtype=train.dtype, seed=recipe.seed)
-    teacher = models.load(teacher_checkpoint, dtype=train.teacher_dtype) if teacher_checkpoint else None
-    if train.freeze_vision:
-        freeze_vision(student)
-    style = page_style(recipe.page)
-    student_encoder = Encoder(student.checkpoint, student.processor, size_px=_pair(recipe.page.student_size))
-    teacher_encoder = None
-    if teacher is not None:
-        teacher_encoder = Encoder(teacher.checkpoint, teacher.processor, size_px=_pair(recipe.page.teacher_size))
-        teacher.model.to(accelerator.device).eval()
+    student = models.load(checkpoints[0], dtype=train.dtype, seed=recipe.seed, processor=processors[0], labels=labels,
+                          signal=recipe.student_signal)  # fmt: skip
+    teacher = None
+    if recipe.needs_teacher:
+        teacher = models.load(
+            checkpoints[1], dtype=train.teacher_dtype, processor=processors[1], signal=recipe.teacher_signal,
+            bits=train.teacher_bits, device_map=train.teacher_device_map,
+        )  # fmt: skip
+        if not train.teacher_bits and not train.teacher_device_map:
+            teacher.model.to(accelerator.device)
+        teacher.model.eval()
+    adapted = _adapt(recipe, student)
+    if not texts:
+        encoders += [
+            encoder_for(loaded, size_px=size)
+            for loaded, size in zip((student, teacher), sizes, strict=True)
+            if loaded is not None
+        ]
+    unpacked = build(False)
+    lengths = check_lengths(build(packs)(longest_samples(samples, 1)), checkpoints)
+    student_encoder, teacher_encoder = unpacked.student, unpacked.teacher
     student.model.to(accelerator.device)
 
-    unpacked = BatchBuilder(prepared, samples, style, student_encoder, teacher_encoder, packed=False)
-    packed, checks = startup_checks(recipe, unpacked, student, teacher, progress)
+    packed, checks = startup_checks(recipe, unpacked, student, teacher, progress, lengths=lengths)
+    if packed != packs:
+        memory = fits(packed)
+    checks["memory"] = memory.to_dict() if memory is not None else None
+    if memory is not None:
+        _tell_memory(memory, progress)
     builder = dataclasses.replace(unpacked, packed=packed, augment=augment)
 
     facts = [
-        dataclasses.replace(loaded.facts, tokens=token_bytes(encoder, loaded.checkpoint.vocab_size))
-        if method.reads_tokens else loaded.facts
+        dataclasses.replace(loaded.facts, tokens=token_bytes(loaded, encoder)) if method.reads_tokens else loaded.facts
         for loaded, encoder in ((student, student_encoder), (teacher, teacher_encoder))
         if loaded is not None and encoder is not None
     ]  # fmt: skip
     objective = method(recipe.objective, student=facts[0], teacher=facts[1] if teacher is not None else None)
     needs = objective.needs
+    if teacher is not None:
+        check_labels(teacher, labels, needs, progress)
     _check_method(recipe, needs, len(samples))
     if recipe.effective_method == "seqkd" and teacher is not None:
         builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
-    groups = [
-        {"params": [p for p in student.model.parameters() if p.requires_grad], "lr": train.lr},
-        {"params": list(objective.parameters()), "lr": train.aligner_lr or train.lr},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, weight_decay=train.weight_decay)
+    optimizer = _optimizer(recipe, student.model, objective)
     batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=accelerator.num_processes))
     total = train.epochs * math.ceil(batches / train.accumulation)
     if train.max_steps is not None:
@@ -214,6 +372,8 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     if any(True for _ in objective.parameters()):
         objective = accelerator.prepare(objective)
     accelerator.register_for_checkpointing(schedule)
+    if not all(parameter.requires_grad for parameter in student.model.parameters()):
+        adapt.save_trained_only(accelerator, student.model)
     signal = None
     if teacher is not None and needs:
         attention = "attention" in needs
@@ -223,7 +383,7 @@ def _build(recipe: Recipe, prepared: Prepared, samples: list, progress: Progress
     return _Job(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
-        needs=needs, checks=checks,
+        needs=needs, checks=checks, adapted=adapted,
     )  # fmt: skip
 
 
@@ -261,8 +421,133 @@ def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -
     return found
 
 
+def _size(checkpoints: list[models.Checkpoint]) -> int:
+    """Parameters of all models, from their configs."""
+    return sum(models.shapes(checkpoint).n_parameters for checkpoint in checkpoints)
+
+
+def _adapt(recipe: Recipe, student: models.Loaded) -> Any:
+    """Sets what of the student is trained and how, in place; returns the `PeftModel` around it, None without LoRA."""
+    from evlecg.models import adapt
+
+    if recipe.train.gradient_checkpointing:
+        adapt.checkpoint_gradients(student)
+    adapted = adapt.add_lora(student, recipe.lora) if recipe.lora.rank else None
+    adapt.choose_trained(student.model, recipe.train)
+    return adapted
+
+
+def _optimizer(recipe: Recipe, model: Any, objective: Any) -> Any:
+    import torch
+
+    train = recipe.train
+    groups = [
+        {"params": [p for p in model.parameters() if p.requires_grad], "lr": train.lr},
+        {"params": list(objective.parameters()), "lr": train.aligner_lr or train.lr},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, weight_decay=train.weight_decay)
+
+
+def step_memory(
+    recipe: Recipe,
+    batch: Any,
+    student: models.Checkpoint,
+    teacher: models.Checkpoint | None = None,
+    *,
+    device: Any = "cpu",
+    n_samples: int = 0,
+) -> MemoryEstimate:
+    """What a step of a run takes, from the checkpoints' configs and a batch: no weight is read or made.
+
+    Args:
+        recipe: the run.
+        batch: what a step reads; the largest that may come.
+        student, teacher: from `models.inspect`.
+        device: where the run will be.
+        n_samples: training samples, for what `train.remember_teacher` keeps.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from evlecg.losses.objective import METHODS
+    from evlecg.models import memory
+    from evlecg.models.adapt import quantisation
+    from evlecg.teacher import MEMORY_BYTES
+
+    train = recipe.train
+    device = torch.device(device)
+    small = models.shapes(student, dtype=train.dtype)
+    large = models.shapes(teacher, dtype=train.teacher_dtype) if teacher is not None else None
+    quantised = None
+    if large is not None and train.teacher_bits:
+        quantised = quantisation(large, train.teacher_bits, compute_dtype=train.teacher_dtype)
+    _adapt(recipe, small)
+    # what Sinkhorn holds does not grow with its iterations
+    quick = dataclasses.replace(recipe.objective.transport, steps=2)
+    quick = dataclasses.replace(recipe.objective, transport=quick)
+    method = METHODS[recipe.effective_method]
+    facts = [loaded.facts if loaded is not None else None for loaded in (small, large)]
+    if method.reads_tokens:  # any vocabulary of this size takes as much
+        facts = [fact and dataclasses.replace(fact, tokens=tuple(b"%d" % i for i in range(fact.vocab_size)))
+                 for fact in facts]  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # the run's own draws come later, and stay what they were
+        objective = method(quick, student=facts[0], teacher=facts[1])
+    for module in (small.model, *([large.model] if large is not None else []), objective):
+        memory.pretend(module, device)
+    trained = [p for module in (small.model, objective) for p in module.parameters() if p.requires_grad]
+    job = _bare_job(recipe, small, large, objective, memory.Resting(trained))
+    group = [batch] * min(2, train.accumulation)
+    norms = recipe.log.gradients_every > 0
+    sides = (batch.student, *([batch.teacher] if large is not None else []))
+    rows = len(batch.sample_ids)
+    return memory.estimate(
+        # a term's gradient norm recomputes what was not kept, and keeps it then
+        lambda: _step(job, group, _Position(), diagnose=False, gradients=norms and train.gradient_checkpointing),
+        student=small.model, teacher=large.model if large is not None else None, objective=objective,
+        names=(student.name, *([teacher.name] if teacher is not None else [])),
+        inputs=tuple(side.inputs for side in sides), device=device, quantised=quantised,
+        teacher_elsewhere=train.teacher_device_map is not None and device.type != "cpu",
+        processes=PartialState().num_processes, gradient_norms=norms,
+        remembered=(lambda held: min(MEMORY_BYTES, held * n_samples // rows)) if train.remember_teacher else None,
+    )  # fmt: skip
+
+
+def _bare_job(
+    recipe: Recipe, student: models.Loaded, teacher: models.Loaded | None, objective: Any, optimizer: Any
+) -> _Job:
+    """What `_step` needs of a job, for models without data: the memory estimate, and what it is measured against."""
+    from accelerate import Accelerator
+    from transformers import get_scheduler
+
+    from evlecg.models.adapt import train_mode
+    from evlecg.teacher import LiveTeacher
+
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)  # its own: it remembers what it prepares
+    train_mode(student.model)
+    signal = None
+    if teacher is not None and objective.needs:
+        attention = "attention" in objective.needs
+        signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer, attention=attention)
+    return _Job(
+        recipe=recipe, prepared=None, accelerator=accelerator, student=student, teacher=teacher,  # type: ignore[arg-type]
+        signal=signal, builder=None,
+        model=accelerator.prepare_model(student.model, device_placement=False, evaluation_mode=True),
+        objective=objective, optimizer=optimizer, schedule=get_scheduler("constant", optimizer), total_steps=1,
+        needs=objective.needs, checks={},
+    )  # fmt: skip
+
+
+def _tell_memory(verdict: Verdict, progress: Progress) -> None:
+    progress.table("memory of a training step", *verdict.estimate.table(verdict.free))
+    if verdict.estimate.why_unknown:
+        progress.warn(f"activations could not be estimated ({verdict.estimate.why_unknown})")
+    if not verdict.fits:
+        progress.warn("the run is not expected to fit; --force goes on")
+
+
 def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[str, Any]:
     """Steps from `state` to the end; returns the last logged row."""
+    from evlecg.models.adapt import train_mode
     from evlecg.models.batch import epoch_batches
 
     recipe, accelerator = job.recipe, job.accelerator
@@ -270,7 +555,7 @@ def _loop(job: _Job, state: _Position, out: Path, progress: Progress) -> dict[st
     bad_steps, saved_at = 0, state.step
     weak: set[str] = set()
     start_s, first_step = time.monotonic(), state.step
-    job.model.train()
+    train_mode(job.model)
     with _metrics_file(out, state.step) as log, progress.task(recipe.name, job.total_steps) as advance:
         advance(state.step)
         while state.step < job.total_steps:
@@ -559,11 +844,17 @@ def _figures(job: _Job, out: Path) -> None:
 
 
 def _save_student(job: _Job, out: Path) -> None:
-    """student/: what transformers loads, and nothing that only training needed."""
+    """student/: what transformers loads, and nothing that only training needed; adapter/ beside it, with LoRA."""
+    from evlecg.models.adapt import merge, save_adapter
+
     model = job.accelerator.unwrap_model(job.model)
+    if job.adapted is not None:
+        with new_folder(out / "adapter", overwrite=True) as partial:
+            save_adapter(job.adapted, partial)
+        model = merge(job.adapted)
     with new_folder(out / "student", overwrite=True) as partial:
         model.save_pretrained(partial)
-        job.student.processor.save_pretrained(partial)
+        models.save_processor(job.student, partial)
         _trained_with(job).write(partial)
 
 
@@ -573,6 +864,8 @@ def _trained_with(job: _Job) -> TrainedWith:
         question=recipe.data.question,
         labels={name: job.prepared.label_descriptions[name] for name in chosen_labels(job.prepared, recipe.data)},
         page=dataclasses.replace(recipe.page, student_size=job.builder.student.size_px),
+        kind=job.student.checkpoint.kind,
+        signal=signal_config(job.student.form) if job.student.form is not None else None,
         method=recipe.effective_method,
         teacher=recipe.teacher if recipe.needs_teacher else None,
         recipe_fingerprint=recipe.fingerprint(),

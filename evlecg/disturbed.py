@@ -21,8 +21,10 @@ import cv2
 from evlecg.data.store import Prepared
 from evlecg.errors import EvlecgError
 from evlecg.models.batch import draw
+from evlecg.models.views import View
 from evlecg.page.augment import LEVELS, PAGE, Augmenter
 from evlecg.page.render import PageStyle
+from evlecg.page.trace import TraceForm
 from evlecg.recipe import nearest
 from evlecg.schema import Record
 
@@ -41,6 +43,7 @@ class Disturbance:
         exact: always the most.
         style: the page's style -> the disturbed one's.
         of_pictures: whether it can be done to records that were born as pictures.
+        of_signals: whether a model that reads signals notices it.
     """
 
     told: str
@@ -48,6 +51,7 @@ class Disturbance:
     exact: bool = False
     style: Callable[[PageStyle], PageStyle] = lambda style: style
     of_pictures: bool = False
+    of_signals: bool = False
 
 
 def _other_layout(style: PageStyle) -> PageStyle:
@@ -64,9 +68,10 @@ _NOISE = {name: LEVELS["photo"][name] for name in NOISES}
 _PHOTO = {name: LEVELS["photo"][name] for name in PAGE if name in LEVELS["photo"]}
 DISTURBANCES: dict[str, Disturbance] = {
     "noise": Disturbance(
-        f"up to {_told(_NOISE)}", _NOISE
+        f"up to {_told(_NOISE)}", _NOISE, of_signals=True
     ),
-    "lead-loss": Disturbance(f"{LOST_LEADS} leads read nothing", {"flat_leads": LOST_LEADS}, exact=True),
+    "lead-loss": Disturbance(f"{LOST_LEADS} leads read nothing", {"flat_leads": LOST_LEADS}, exact=True,
+                             of_signals=True),
     "layout": Disturbance("arranged 6x2 (3x4 where it was 6x2)", {}, style=_other_layout),
     "photo": Disturbance(
         f"up to {_told(_PHOTO)}", _PHOTO,
@@ -88,28 +93,46 @@ def chosen_disturbances(names: str) -> tuple[str, ...]:
     return chosen
 
 
+def check_disturbances(kind: str, names: tuple[str, ...]) -> None:
+    """Refuses disturbances of pages for a model that reads signals.
+
+    Args:
+        kind: of the checkpoint.
+        names: of `DISTURBANCES`.
+
+    Raises:
+        EvlecgError: one of them is of pages.
+    """
+    of_pages = [name for name in names if kind == "signal" and not DISTURBANCES[name].of_signals]
+    if of_pages:
+        raise EvlecgError(f"{of_pages[0]} happens to pages, and the model reads signals", where="--robustness",
+                          hint="noise or lead-loss")  # fmt: skip
+
+
 class DisturbedPages(Prepared):
-    """A prepared folder whose records are pictures of their disturbed pages; ids, patients and labels stay.
+    """A prepared folder whose records are disturbed; ids, patients and labels stay.
+
+    Its records are pictures of the disturbed pages; for a model that reads signals, they are the disturbed signals.
 
     Args:
         prepared: the folder.
         name: one of `DISTURBANCES`.
         style: how its pages look undisturbed.
-        size_px: width, height of the page that the model wants.
+        view: size of the page, or form of the signal, that the model wants.
     """
 
-    def __init__(self, prepared: Prepared, name: str, style: PageStyle, size_px: tuple[int, int]) -> None:
+    def __init__(self, prepared: Prepared, name: str, style: PageStyle, view: View) -> None:
         self.__dict__.update(prepared.__dict__)
         self._clean = prepared
         self._disturbance = DISTURBANCES[name]
         self._name = name
         self._style = self._disturbance.style(style)
-        self._size_px = size_px
+        self._view = view
         most = self._disturbance.most
         self._augmenter = Augmenter(most, 1.0, SEED, exact=self._disturbance.exact) if most else None
 
     def record(self, index: int) -> Record:
-        """Record `index` as the picture of its disturbed page, losslessly encoded.
+        """Record `index` disturbed: as the picture of its page, losslessly encoded, or as a signal.
 
         Raises:
             EvlecgError: it was born as a picture, and the disturbance is one of signals.
@@ -118,7 +141,11 @@ class DisturbedPages(Prepared):
         if record.image and not self._disturbance.of_pictures:
             raise EvlecgError(f"{self._name} cannot be done to a picture", where=record.id,
                               hint="--robustness photo")  # fmt: skip
-        page = draw(self._clean, index, self._size_px, self._style, augment=self._augmenter)
+        if isinstance(self._view, TraceForm):
+            assert self._augmenter is not None
+            signal_mV_LT, _ = self._augmenter.signal(record.signal_mV, record.fs_hz, epoch=0, index=index)
+            return dataclasses.replace(record, signal_mV=signal_mV_LT)
+        page = draw(self._clean, index, self._view, self._style, augment=self._augmenter)
         done, data = cv2.imencode(".png", page.pixels[..., ::-1])
         assert done
         return dataclasses.replace(record, signal_mV=record.signal_mV[:, :0], image=data.tobytes())

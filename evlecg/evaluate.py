@@ -23,7 +23,7 @@ from evlecg.data.labels import labels_by_basis
 from evlecg.data.signal_facts import BAND_FORMULAS, BANDS, bands, signal_facts
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import chosen_labels, label_samples
-from evlecg.disturbed import DISTURBANCES, DisturbedPages
+from evlecg.disturbed import DISTURBANCES, DisturbedPages, check_disturbances
 from evlecg.errors import EvlecgError
 from evlecg.files import new_folder
 from evlecg.metrics import AUROC, N_BOOT, Difference, Scored, compare
@@ -32,7 +32,7 @@ from evlecg.models.batch import draw
 from evlecg.models.trained import trained_with
 from evlecg.page.render import PageStyle, page_style
 from evlecg.progress import Progress
-from evlecg.recipe import DataConfig, PageConfig
+from evlecg.recipe import DataConfig, PageConfig, SignalConfig
 from evlecg.report import (
     Gates,
     ModelComparison,
@@ -71,6 +71,11 @@ def evaluate(
     page: PageConfig | None = None,
     batch_size: int = 16,
     dtype: str = "float32",
+    kind: str = "auto",
+    signal: SignalConfig | None = None,
+    bits: int | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     n_boot: int = N_BOOT,
     max_records: int | None = None,
     thresholds_from: str = "val",
@@ -91,6 +96,10 @@ def evaluate(
         question: wording; None: the one that the model was trained with, else the default.
         page: page style; None: as trained, else the default.
         batch_size: records a forward pass.
+        kind: "text", "image", "signal", or "auto" where the model's config is to decide.
+        signal: how signals enter a model that reads them; None: as trained, else as its family wants.
+        dtype, bits: as for `models.load.load`.
+        trust_remote_code, allow_pickle: as for `models.load.inspect`.
         n_boot: bootstrap resamples over patients.
         max_records: score the first N records of the split only (and of validation).
         thresholds_from: val: score the validation split too, and choose thresholds and a temperature on it; it is
@@ -116,7 +125,10 @@ def evaluate(
     trained = trained_with(Path(models.resolve(model)[0]))
     wording = question or trained.question
     known_labels = tuple(label for label in trained.labels if label in prepared.label_names)
+    checkpoint = models.inspect(model, kind=kind, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     names = chosen_labels(prepared, DataConfig(labels=labels or known_labels, question=wording))
+    if checkpoint.kind != "text":
+        names = _names_in_head(checkpoint, names, explicit=bool(labels))
     for label in gates.min_label_auc:
         if label not in names:
             raise EvlecgError(f"the gate's label {label!r} is not scored", where="--min-label-auc",
@@ -132,9 +144,12 @@ def evaluate(
         if split in ("train", "test"):
             chosen_on, why_not = _samples(prepared, "val", max_records, names, wording), "there is no validation split"
 
-    checkpoint = models.inspect(model)
+    from evlecg.models.checks import check_samples  # torch loads here
+
+    check_samples(checkpoint, prepared, [*samples, *chosen_on])
+    check_disturbances(checkpoint.kind, robustness)
     with new_folder(out, overwrite) as folder:
-        loaded = models.load(checkpoint, dtype=dtype)
+        loaded = models.load(checkpoint, dtype=dtype, bits=bits, signal=signal)
         page = page or trained.page
         scorer = _scorer(loaded, prepared, page, samples)
         _predict(scorer, samples, batch_size, folder / PREDICTIONS, progress, f"score {model}")
@@ -174,6 +189,21 @@ def evaluate(
     return report
 
 
+def _names_in_head(checkpoint: models.Checkpoint, names: tuple[str, ...], *, explicit: bool) -> tuple[str, ...]:
+    """Of the labels that are to be scored, those that a classifier's head knows.
+
+    Raises:
+        EvlecgError: it knows none, or lacks one that was asked for by name.
+    """
+    found = tuple(name for name in names if name in checkpoint.labels)
+    if not found or (explicit and len(found) < len(names)):
+        missing = [name for name in names if name not in found]
+        own = ", ".join(label for label in checkpoint.labels if label) or "none that the vocabulary knows"
+        raise EvlecgError(f"the classifier has no label {', '.join(missing)}", where=checkpoint.name,
+                          hint=f"its labels: {own}")  # fmt: skip
+    return found
+
+
 def _samples(
     prepared: Prepared, split: str, max_records: int | None, names: Sequence[str], wording: str
 ) -> list[Sample]:
@@ -186,7 +216,8 @@ def _scorer(loaded: models.Loaded, prepared: Prepared, page: PageConfig, samples
 
     from evlecg.models.score import Scorer
 
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(loaded.model, "hf_quantizer"):  # quantised weights are where they belong
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = page.student_size
     scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
     scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))
@@ -216,6 +247,7 @@ def _provenance(loaded: models.Loaded, prepared: Prepared, question: str, scorer
     return {
         "model": {
             "family": loaded.checkpoint.model_type,
+            "kind": loaded.checkpoint.kind,
             "parameters": loaded.n_parameters,
             "weights_sha256": models.weights_hash(loaded.checkpoint),
         },
@@ -277,7 +309,7 @@ def _robustness(
     prepared, scored = scorer.prepared, {"clean": clean}
     try:
         for name in names:
-            scorer.prepared = DisturbedPages(prepared, name, style, scorer.encoder.size_px)
+            scorer.prepared = DisturbedPages(prepared, name, style, scorer.view)
             found = _predict(scorer, samples, batch_size, None, progress, f"score under {name}")
             value_NK = np.array([[found.get((record, label), np.nan) for label in clean.labels]
                                  for record in clean.record_ids])  # fmt: skip
@@ -323,6 +355,15 @@ def read_scored(folder: Path, labels: Sequence[str] | None = None, name: str = P
 def is_report(folder: Path) -> bool:
     """Whether a folder holds a report's predictions."""
     return (folder / PREDICTIONS).is_file() and (folder / "report.json").is_file()
+
+
+def paired(report_a: Path, report_b: Path, *, n_boot: int = N_BOOT) -> Difference:
+    """Macro AUROC of report A minus report B on the records and labels of both, with interval and p.
+
+    Raises:
+        EvlecgError: they share none, or a truth differs.
+    """
+    return _difference(read_scored(report_a), read_scored(report_b), n_boot)
 
 
 def _difference(a: Scored, b: Scored, n_boot: int) -> Difference:

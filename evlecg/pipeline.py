@@ -8,18 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evlecg.data.readers import READERS
-from evlecg.data.store import is_prepared, read_manifest
-from evlecg.distill import RunResult, distill
+from evlecg.data.store import Prepared, is_prepared, read_manifest
+from evlecg.data.tasks import chosen_labels
+from evlecg.distill import DryRun, RunResult, distill, rehearse
 from evlecg.errors import EvlecgError
-from evlecg.evaluate import compare_reports, evaluate
+from evlecg.evaluate import compare_reports, evaluate, paired
 from evlecg.export import ExportResult, export
 from evlecg.files import write_text_atomic
 from evlecg.metrics import Difference
+from evlecg.models import load as models
 from evlecg.prepare import find_dataset, prepare
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe, nearest
@@ -59,7 +62,13 @@ class LineResult:
 
 
 def run_line(
-    recipe: Recipe, *, out: Path, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> LineResult:
     """Trains what the recipe says and does what its `finish` section asks for.
 
@@ -68,12 +77,13 @@ def run_line(
         out: run folder; the control stands in out/control, reports in out/report, the export in out/export.
         resume: go on from the newest checkpoint in `out`.
         overwrite: replace an older run.
+        force: train where the memory estimate says that the run does not fit.
         progress: who listens.
     """
     progress = progress or Progress()
     data = training_data(recipe, progress)
     finish = recipe.finish
-    run = distill(recipe, data=data, out=out, resume=resume, overwrite=overwrite, progress=progress)
+    run = distill(recipe, data=data, out=out, resume=resume, overwrite=overwrite, force=force, progress=progress)
     point_latest(out)
     distils = recipe.needs_teacher
     control = out / "control"
@@ -81,7 +91,7 @@ def run_line(
         sft = dataclasses.replace(recipe, method="ce", name=f"{recipe.name} (SFT-only control)")
         done = (control / "run.json").is_file()
         if not (resume and done):
-            distill(sft, data=data, out=control, resume=resume and control.is_dir(), progress=progress)
+            distill(sft, data=data, out=control, resume=resume and control.is_dir(), force=force, progress=progress)
     if os.environ.get("RANK", "0") != "0":  # under accelerate launch all train, one process reports and exports
         return LineResult(run, data, [], None, None)
     reports: list[tuple[str, Report]] = []
@@ -96,31 +106,66 @@ def run_line(
         for role, model in wanted:
             page = dataclasses.replace(recipe.page, student_size=recipe.page.teacher_size)
             folder = out / "report" / role
+            is_teacher, labels = role == "teacher", recipe.data.labels
+            if is_teacher:
+                found = teacher_labels(recipe, data)
+                if not found:
+                    progress.info("no report of the teacher: its head knows none of the labels")
+                    continue
+                labels = labels and found
+            as_teacher: dict[str, Any] = {}
+            if is_teacher:
+                as_teacher = {"dtype": recipe.train.teacher_dtype, "bits": recipe.train.teacher_bits}
             report = evaluate(
-                model, data=data, out=folder, split=finish.eval_split, labels=recipe.data.labels,
-                question=recipe.data.question, page=page if role == "teacher" else None,
+                model, data=data, out=folder, split=finish.eval_split, labels=labels,
+                question=recipe.data.question, page=page if is_teacher else None,
+                kind=recipe.teacher_kind if is_teacher else "auto",
+                signal=recipe.teacher_signal if is_teacher else None,
                 batch_size=recipe.train.batch_size, overwrite=True, progress=progress,
+                trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle, **as_teacher,
             )  # fmt: skip
             reports.append((role, report))
         if len(reports) > 1:
             folders = {role: out / "report" / role for role, _ in reversed(reports)}  # distilled minus the others
-            compared = compare_reports(folders, out=out / "report" / "paired", overwrite=True)
-            if {"SFT-only", "distilled"} <= set(folders):
-                gain = compared.auroc.pair("distilled", "SFT-only").headline
+            compare_reports(folders, out=out / "report" / "paired", overwrite=True)
+            if {"SFT-only", "distilled"} <= set(folders):  # by themselves: a teacher may know fewer labels
+                gain = paired(folders["distilled"], folders["SFT-only"])
         about = f"{reports[0][1].dataset} ({finish.eval_split}), {reports[0][1].n_records} records\n\n"
         write_text_atomic(out / "report" / "comparison.md", about + comparison_markdown(reports))
-    exported = export(out, out=out / "export", overwrite=True, progress=progress) if finish.export else None
+    exported = None
+    if finish.export:
+        trust = recipe.trust_remote_code
+        exported = export(out, out=out / "export", overwrite=True, trust_remote_code=trust, progress=progress)
     result = LineResult(run, data, reports, gain, exported)
     write_text_atomic(out / "report" / "comparison.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 
-def training_data(recipe: Recipe, progress: Progress) -> Path:
+def teacher_labels(recipe: Recipe, data: Path) -> tuple[str, ...]:
+    """Of the labels that a run asks about, those that its teacher can be scored on: all, unless it is a classifier."""
+    labels = chosen_labels(Prepared.open(data), recipe.data)
+    teacher = models.inspect(recipe.teacher, kind=recipe.teacher_kind, trust_remote_code=recipe.trust_remote_code)
+    return labels if teacher.kind == "text" else tuple(label for label in labels if label in teacher.labels)
+
+
+def rehearse_line(recipe: Recipe, *, force: bool = False, progress: Progress | None = None) -> DryRun:
+    """Everything up to the first steps, and what the training would take; nothing is left on disk.
+
+    Raises:
+        EvlecgError: bad input; or the data has to be prepared first.
+    """
+    progress = progress or Progress()
+    with tempfile.TemporaryDirectory() as folder:  # for a synthetic set that is not there yet
+        data = training_data(recipe, progress, made_in=Path(folder))
+        return rehearse(recipe, data=data, force=force, progress=progress)
+
+
+def training_data(recipe: Recipe, progress: Progress, *, made_in: Path = DATA_ROOT) -> Path:
     """The prepared folder to train on: the recipe's, else the newest in ./data, else the built-in synthetic set."""
     if recipe.data.dir is not None:
         path = Path(recipe.data.dir)
         if not is_prepared(path) and recipe.data.dir in READERS:
-            return named_data(recipe.data.dir, recipe, progress)
+            return named_data(recipe.data.dir, recipe, progress, made_in=made_in)
         return path
     folders = [
         item.parent for root in data_roots() for item in root.glob("*/manifest.json") if is_prepared(item.parent)
@@ -130,11 +175,23 @@ def training_data(recipe: Recipe, progress: Progress) -> Path:
         progress.info(f"data: {newest} (prepared last; --data DIR chooses another)")
         return newest
     progress.info("data: nothing is prepared in ./data, so the built-in synthetic set is used")
-    return named_data("synthetic", recipe, progress)
+    return named_data("synthetic", recipe, progress, made_in=made_in)
 
 
-def named_data(name_or_dir: str, recipe: Recipe | None = None, progress: Progress | None = None) -> Path:
+def named_data(
+    name_or_dir: str,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+    *,
+    made_in: Path = DATA_ROOT,
+) -> Path:
     """The prepared folder of a dataset name or folder; a raw download is prepared first, synthetic data is made.
+
+    Args:
+        name_or_dir: dataset name or folder.
+        recipe: says how large a synthetic set is.
+        progress: who listens.
+        made_in: where a synthetic set is made; with another than `DATA_ROOT`, raw downloads are not prepared.
 
     Raises:
         EvlecgError: there is none; the hint holds the commands that get and prepare it.
@@ -144,13 +201,17 @@ def named_data(name_or_dir: str, recipe: Recipe | None = None, progress: Progres
     if found is not None and found.prepared:
         return found.path
     if found is not None and found.prepare_to is not None:
+        if made_in != DATA_ROOT:
+            raise EvlecgError(f"{found.dataset} is not prepared yet", where=found.path,
+                              hint=f"evlecg prepare --dataset {found.dataset} --source {found.path} --out "
+                                   f"{found.prepare_to}")  # fmt: skip
         progress.info(f"{found.path} is a raw download of {found.dataset}: preparing it in {found.prepare_to}")
         prepare(found.dataset, source=found.path, out=found.prepare_to, progress=progress)
         return found.prepare_to
     if name_or_dir == "synthetic":
         config = (recipe or Recipe()).data
         counts = {"train": config.synthetic_train, "val": config.synthetic_val, "test": config.synthetic_test}
-        out = DATA_ROOT / "synthetic"
+        out = made_in / "synthetic"
         prepare("synthetic", source=None, out=out, counts=counts, progress=progress)
         return out
     if name_or_dir in READERS:

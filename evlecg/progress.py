@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 PLAIN_EVERY_S = 10.0  # how often a task that is not on a terminal writes a line
@@ -27,6 +27,9 @@ class Progress:
 
     def warn(self, message: str) -> None:
         """A line that the user should not miss."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A few rows that belong together; the first column names them."""
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
@@ -63,6 +66,21 @@ class ConsoleProgress(Progress):
 
     def warn(self, message: str) -> None:
         self.console.print(f"warning: {message}", markup=False, style="yellow")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        from rich import box
+        from rich.table import Table
+
+        if self.verbosity < 0:
+            return
+        from rich.markup import escape
+
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for place, column in enumerate(columns):
+            shown.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        self.console.print(shown)
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:

@@ -25,6 +25,8 @@ from evlecg.errors import EvlecgError
 METHOD_NAMES = (
     "evl", "ce", "seqkd", "kl", "rkl", "jsd", "uld", "multilevel_ot", "dskd", "minilm", "rkd", "feature", "em_kd",
 )  # fmt: skip
+# text: a page in, words out; image: a page in, a logit a label out; signal: a signal in, a logit a label out
+KINDS = ("auto", "text", "image", "signal")
 
 
 def _key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None) -> Any:
@@ -34,6 +36,9 @@ def _key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float |
 
 def _section(kind: type) -> Any:
     return field(default_factory=kind)
+
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,26 @@ class PageConfig:
     )
     student_size: tuple[int, ...] | None = _key(None, "page size for the student [width, height]")
     teacher_size: tuple[int, ...] | None = _key(None, "page size for the teacher [width, height]")
+
+
+@dataclass(frozen=True)
+class SignalConfig:
+    """How a signal enters a model that reads signals. Null and auto: what the checkpoint, or its family, says."""
+
+    fs_hz: float | None = _key(None, "sampling rate; null: the feature extractor's, or context over window", low=1)
+    window_s: float | None = _key(None, "seconds that it sees; null: ten, or what the family was made for", low=0.1)
+    leads: str = _key(
+        "auto",
+        "one after the other in one series, each in a series of its own, or all at once as channels",
+        choices=("auto", "flattened", "apart", "channels"),
+    )
+    scale: str = _key(
+        "auto",
+        "millivolt as they are, zero mean and unit variance over all leads, or every lead from -1 to 1",
+        choices=("auto", "none", "standard", "range"),
+    )
+    low_hz: float | None = _key(None, "lower edge of the band-pass filter; 0: none", low=0)
+    high_hz: float | None = _key(None, "upper edge of the band-pass filter; 0: none", low=0)
 
 
 @dataclass(frozen=True)
@@ -125,9 +150,22 @@ class TrainConfig:
     schedule: str = _key("cosine", "what follows the warm-up", choices=("cosine", "linear", "constant"))
     clip: float = _key(1.0, "largest gradient norm; 0 switches clipping off", low=0)
     mixed_precision: str = _key("no", "autocast", choices=("no", "bf16", "fp16"))
-    dtype: str = _key("float32", "dtype the student is loaded in", choices=("float32", "bfloat16", "float16"))
-    teacher_dtype: str = _key("float32", "dtype the teacher is loaded in", choices=("float32", "bfloat16", "float16"))
-    freeze_vision: bool = _key(False, "leave the student's vision tower as it is")
+    dtype: str = _key("float32", "dtype the student is loaded in; auto: as stored", choices=DTYPES)
+    teacher_dtype: str = _key("float32", "dtype the teacher is loaded in; auto: as stored", choices=DTYPES)
+    teacher_bits: int | None = _key(
+        None, "bits of the linear layers of the teacher's language model (bitsandbytes, or torchao)", choices=(8, 4)
+    )
+    teacher_device_map: str | None = _key(
+        None,
+        "where accelerate puts the teacher's layers; null: all on the run's device",
+        choices=("auto", "balanced", "balanced_low_0", "sequential", "cpu"),
+    )
+    gradient_checkpointing: bool = _key(False, "recompute the student's activations: less memory, more time")
+    freeze_vision: bool = _key(False, "leave the student's vision tower as it is; short for train.freeze=[vision]")
+    freeze: tuple[str, ...] = _key(
+        (), "parts of the student left as they are: vision, projector, language, or module names (globs, re:REGEX)"
+    )
+    train_only: tuple[str, ...] = _key((), "the only parts of the student that are trained; empty: all")
     packing: str = _key(
         "auto",
         "all questions about a page in one sequence (auto: if proven equal at start)",
@@ -137,6 +175,19 @@ class TrainConfig:
         False, "run the teacher once a record and keep its outputs in memory (equal to rounding, not to the bit)"
     )
     workers: int = _key(0, "loader processes", low=0)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of full training (Hu et al. 2022). Parts are named as in train.freeze."""
+
+    rank: int = _key(0, "rank of the adapters; 0: no adapters, everything is trained", low=0)
+    alpha: float = _key(16.0, "adapters are scaled by alpha / rank", low=0)
+    dropout: float = _key(0.05, "dropout before the adapters", low=0)
+    targets: tuple[str, ...] = _key(("language",), "parts whose linear layers get adapters")
+    full: tuple[str, ...] = _key(("projector",), "parts trained fully beside the adapters")
+    rslora: bool = _key(False, "scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
+    dora: bool = _key(False, "learn magnitude and direction apart (DoRA, Liu et al. 2024)")
 
 
 @dataclass(frozen=True)
@@ -263,13 +314,21 @@ class Recipe:
     name: str = _key("custom", "what the run is called")
     teacher: str = _key("builtin:teacher", "teacher checkpoint: path, hub id, builtin:NAME, or none")
     student: str = _key("builtin:student", "student checkpoint: path, hub id or builtin:NAME")
+    teacher_kind: str = _key("auto", "what the teacher reads and answers; auto: its config tells", choices=KINDS)
+    student_kind: str = _key("auto", "what the student reads and answers; auto: its config tells", choices=KINDS)
+    trust_remote_code: bool = _key(False, "run Python files that come with a checkpoint")
     method: str = _key("evl", "what the student learns from", choices=METHOD_NAMES)
     seed: int = _key(0, "seeds weights, order and augmentation", low=0)
     threads: int | None = _key(None, "torch threads; null: leave as they are", low=1)
+    trust_remote_code: bool = _key(False, "run the Python code that a checkpoint brings along")
+    allow_pickle: bool = _key(False, "read a checkpoint's pickled weights (.bin) where it has no safetensors")
     data: DataConfig = _section(DataConfig)
     page: PageConfig = _section(PageConfig)
+    teacher_signal: SignalConfig = _section(SignalConfig)
+    student_signal: SignalConfig = _section(SignalConfig)
     augment: AugmentConfig = _section(AugmentConfig)
     train: TrainConfig = _section(TrainConfig)
+    lora: LoraConfig = _section(LoraConfig)
     objective: ObjectiveConfig = _section(ObjectiveConfig)
     log: LogConfig = _section(LogConfig)
     checkpoint: CheckpointConfig = _section(CheckpointConfig)
@@ -360,9 +419,9 @@ def shipped_recipes() -> dict[str, Any]:
     return {item.name.removesuffix(".yaml"): item for item in recipe_folder().iterdir() if item.name.endswith(".yaml")}
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
+def nearest(word: str, known: typing.Iterable[Any]) -> str:
     """A hint that names the nearest known word, or all of them."""
-    known = list(known)
+    known = [str(item) for item in known]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 

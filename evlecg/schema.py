@@ -116,7 +116,9 @@ class Side:
     `inputs` goes to the model unchanged; the rest says what the positions of `Outputs.hidden_BSD` mean. A row holds one
     page and one or several questions about it (`block` 1, 2, ... after the shared prefix 0), which do not see one
     another. Where a family keeps its image out of the text (cross-attention, encoder and decoder), and where a model
-    has no text at all (classifiers), positions are laid out as if it did: visual tokens first, then every question.
+    has no text at all (classifiers), positions are laid out as if it did: visual tokens first, then every question
+    (models/apart.py). Visual tokens of another width than the text's are no positions of that tensor: then
+    `visual_BS` is False everywhere, while the boxes and `Outputs.visual_BND` describe them all the same.
 
     Attributes:
         inputs: the model's keyword arguments, whatever the processor returned, padded on the right.
@@ -127,12 +129,17 @@ class Side:
         answer_A2: int, (row, position) of every answer token, end-of-turn marks included, in reading order; the state
             one position before it predicts it.
         answer_ids_A: int, the ids of those tokens.
-        visual_BS: bool, True where a visual token stands.
+        visual_BS: bool, True where a visual token stands; as many as there are boxes in the row, or none at all.
         visual_box_BN4: box x0, y0, x1, y1 in [0,1] of every visual token (0 0 0 0 where it sees padding), on the
             paper: where a page was turned or shifted, that is undone.
         visual_mask_BN: bool, False for padding and for tokens that see no part of the paper.
         cell_box_BC4: box of every lead x time cell on the paper; the same cell has the same index on both sides, and
-            zeros on pages that do not have it.
+            zeros on pages that do not have it. Where one side reads signals, its own cells follow the page's.
+        frame: what boxes are shares of: "page", the paper of a drawn page, or "trace", the plane that
+            `page/trace.py` lays a signal out on (x is time, y the leads). Places in different frames can be compared
+            through the cells only.
+        answer_label_A: int, for each answer of a classifier the row of its head that decides it, -1 where it has
+            none; None for models that answer in words.
     """
 
     inputs: dict[str, Tensor]
@@ -145,6 +152,8 @@ class Side:
     visual_box_BN4: Tensor
     visual_mask_BN: Tensor
     cell_box_BC4: Tensor
+    frame: str = "page"
+    answer_label_A: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,8 @@ class Outputs:
 
     Attributes:
         hidden_BSD: last hidden state (after the final norm), every position.
-        visual_BND: hidden states of the chosen layer at the visual positions, padded on the right.
+        visual_BND: hidden states of the chosen layer at the visual positions, padded on the right; where a text
+            attends to visual tokens from outside of it, what it attends to (the same for every layer).
         projected_BND: the projector's output, that is, what enters the language model at those positions.
         answer_logits_AV: logits that predict the tokens at `Side.answer_A2`.
         side: the half of the batch they were computed from.
@@ -192,14 +202,22 @@ class ModelFacts:
 
     Attributes:
         width: of its hidden states.
-        vocab_size: answers that its head tells apart (rows of the output head).
+        vocab_size: answers that its head tells apart (rows of the output head; of a classifier two: yes and no).
+        visual_width: of its visual tokens, where they have one of their own (PatchTST's pooled state holds all twelve
+            leads, its tokens one); None: `width`.
         tokens: bytes of every row of the output head, None where it stands for no text; empty where nobody asked
             (objectives with `reads_tokens` do).
     """
 
     width: int
     vocab_size: int
+    visual_width: int | None = None
     tokens: tuple[bytes | None, ...] = ()
+
+    @property
+    def token_width(self) -> int:
+        """Width of visual tokens."""
+        return self.width if self.visual_width is None else self.visual_width
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from tests.test_objective import STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY, froze
 
 STUDENT_TOKENS = (b"yes", b"no", b" yes", b"ye", b"s", b"n", b"o", END, None, b"maybe", b"x")
 TEACHER_TOKENS = (None, END, b" no", b" yes", b"o", b"s", b"perhaps", b"n", b" y", b"es", b"no")
-STUDENT = ModelFacts(STUDENT_WIDTH, VOCABULARY, STUDENT_TOKENS)
-TEACHER = ModelFacts(TEACHER_WIDTH, VOCABULARY, TEACHER_TOKENS)
+STUDENT = ModelFacts(STUDENT_WIDTH, VOCABULARY, tokens=STUDENT_TOKENS)
+TEACHER = ModelFacts(TEACHER_WIDTH, VOCABULARY, tokens=TEACHER_TOKENS)
 CONFIG = ObjectiveConfig(baseline=BaselineConfig(top_k=4, relation_heads=2, grid=2, temperature=1.5))
 
 
@@ -196,7 +196,7 @@ def test_one_vocabulary_is_compared_whole_and_a_padded_head_does_not_matter():
     batch = replace(batch, teacher=replace(batch.student, answer_ids_A=batch.student.answer_ids_A))
     student, teacher = pair(batch)
     padded = replace(teacher, answer_logits_AV=torch.cat([teacher.answer_logits_AV, torch.full((4, 3), 5.0)], 1))
-    facts = ModelFacts(TEACHER_WIDTH, VOCABULARY + 3, (*STUDENT_TOKENS, None, None, None))
+    facts = ModelFacts(TEACHER_WIDTH, VOCABULARY + 3, tokens=(*STUDENT_TOKENS, None, None, None))
     objective = build("kl", teacher=facts)
     terms, _ = run("kl", batch, objective=objective, pair_of=(student, padded))
     t = CONFIG.baseline.temperature

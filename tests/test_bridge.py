@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaConfig, PreTrainedTokenizerFast
 
 from evlecg.losses.bridge import END, answer_groups, class_log_probabilities, shared_classes
 from evlecg.models import load as loading
 from evlecg.models.encode import Encoder, Turn
-from evlecg.models.vocabulary import token_bytes
+from evlecg.models.vocabulary import spelt_tokens
 from evlecg.schema import Side
 from tests.tiny import (
     CORPUS,
@@ -70,7 +69,10 @@ def encoder(kind: str) -> Encoder:
     if kind not in _ENCODERS:
         build, template, image = KINDS[kind]
         tokenizer = build()
-        checkpoint = SimpleNamespace(name=kind, image_token_id=tokenizer.convert_tokens_to_ids(image))
+        checkpoint = loading.Checkpoint(
+            name=kind, source="", model_type="llava", config=LlavaConfig(), trained=False, width=8,
+            vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(image),
+        )  # fmt: skip
         _ENCODERS[kind] = Encoder(checkpoint, _Template(tokenizer, template), size_px=(56, 56))
     return _ENCODERS[kind]
 
@@ -164,7 +166,7 @@ def test_an_answer_that_one_side_cuts_off_leaves_its_rest_without_a_group():
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_token_bytes_spell_the_text(kind):
     one = encoder(kind)
-    tokens = token_bytes(one, len(one.tokenizer) + 3)
+    tokens = spelt_tokens(one, len(one.tokenizer) + 3)
     assert tokens[-3:] == (None, None, None), "rows beyond the tokenizer stand for nothing"
     text = "yes sinus rhythm" if kind == "wordpiece" else "yes, sinus rhythm äß 心 75"
     ids = one.tokenizer(text, add_special_tokens=False)["input_ids"]

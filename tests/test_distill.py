@@ -22,6 +22,7 @@ from evlecg.models.batch import epoch_batches, epoch_order
 from evlecg.page.render import render
 from evlecg.recipe import load_recipe, parse_set
 from evlecg.schema import Question
+from tests.families import gemma_kin
 
 LABELS = "data.labels=[NORM, MI]"
 
@@ -78,6 +79,7 @@ def test_a_run_leaves_what_it_promises(checkpoints, synthetic, tmp_path):
     run = tmp_path / "run"
     distill(recipe(checkpoints), data=synthetic, out=run)
     assert {item.name for item in run.iterdir()} == {
+        "figures",
         "recipe.yaml", "metrics.jsonl", "student", "checkpoints", "run.json",
     }  # fmt: skip
     assert load_recipe(str(run / "recipe.yaml")) == recipe(checkpoints)
@@ -150,12 +152,13 @@ def test_frozen_vision_towers_stay(checkpoints, synthetic, tmp_path):
         (["data.labels=[NROM]"], "did you mean 'NORM'"),
         (["data.question=Is it normal?"], "no place for the label"),
         (["page.student_size=[10]"], "page size"),
-        (["train.packing=always", "student=QWEN"], "cannot pack"),
+        (["train.packing=always", "student=PREFIX"], "cannot pack"),
         (["augment.level=light", "train.remember_teacher=true"], "same pages in every epoch"),
     ],
 )
 def test_bad_input_leaves_nothing(checkpoints, synthetic, tmp_path, sets, said):
-    sets = [item.replace("QWEN", str(checkpoints["qwen2_vl"])) for item in sets]
+    if "student=PREFIX" in sets:  # its page attends to the question, so that questions cannot share one
+        sets = [item.replace("PREFIX", str(gemma_kin.paligemma(tmp_path / "prefix"))) for item in sets]
     with pytest.raises(EvlecgError, match=said):
         distill(recipe(checkpoints, *sets), data=synthetic, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

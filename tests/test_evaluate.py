@@ -17,7 +17,7 @@ from evlecg import cli
 from evlecg.cost import measure_cost
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import label_samples
-from evlecg.disturbed import DISTURBANCES, DisturbedPages, chosen_disturbances
+from evlecg.disturbed import DISTURBANCES, DisturbedPages, check_disturbances, chosen_disturbances
 from evlecg.errors import EvlecgError
 from evlecg.evaluate import PREDICTIONS, VALIDATION, compare_reports, evaluate, read_scored
 from evlecg.metrics import AUROC, estimate
@@ -25,6 +25,7 @@ from evlecg.models import load as models
 from evlecg.models.batch import draw
 from evlecg.models.score import Scorer
 from evlecg.page.render import PageStyle
+from evlecg.page.trace import TraceForm
 from evlecg.report import Gates
 
 N_BOOT = 20
@@ -168,7 +169,7 @@ def scorer(checkpoints, synthetic) -> Scorer:
 
 
 def test_disturbed_pages_are_what_the_disturbance_says(scorer, synthetic):
-    prepared, size_px, style = Prepared.open(synthetic), scorer.encoder.size_px, PageStyle()
+    prepared, size_px, style = Prepared.open(synthetic), scorer.view, PageStyle()
     clean = draw(prepared, 0, size_px, style).pixels
     pages = {name: draw(DisturbedPages(prepared, name, style, size_px), 0, size_px, style).pixels
              for name in DISTURBANCES}  # fmt: skip
@@ -180,6 +181,21 @@ def test_disturbed_pages_are_what_the_disturbance_says(scorer, synthetic):
     with pytest.raises(EvlecgError, match="cannot be done to a picture"):
         DisturbedPages(again, "noise", style, size_px).record(0)
     assert chosen_disturbances("photo, noise,photo") == ("photo", "noise")
+
+
+def test_a_model_that_reads_signals_gets_disturbed_signals(synthetic):
+    prepared, style = Prepared.open(synthetic), PageStyle()
+    form = TraceForm(100.0, 1000, "channels")
+    clean = prepared.record(0)
+    noisy = DisturbedPages(prepared, "noise", style, form).record(0)
+    lossy = DisturbedPages(prepared, "lead-loss", style, form).record(0)
+    assert not noisy.image and noisy.signal_mV.shape == clean.signal_mV.shape
+    assert 0.005 < np.abs(noisy.signal_mV - clean.signal_mV).max() < 1
+    assert (lossy.signal_mV == 0).all(axis=1).sum() == 3 + (clean.signal_mV == 0).all(axis=1).sum()
+    check_disturbances("signal", ("noise", "lead-loss"))
+    check_disturbances("image", ("photo",))
+    with pytest.raises(EvlecgError, match="photo happens to pages"):
+        check_disturbances("signal", ("noise", "photo"))
 
 
 def test_robustness_is_the_difference_of_the_same_records(checkpoints, synthetic, tmp_path):

@@ -49,7 +49,7 @@ def test_recorded_ecgs_go_the_whole_way(
     assert [(pair["a"], pair["b"]) for pair in compared] == [
         ("distilled", "SFT-only"), ("distilled", "teacher"), ("SFT-only", "teacher"),
     ]  # fmt: skip
-    assert distilled["distilled_minus_sft"] == compared[0]["overall"]["macro"]
+    assert distilled["distilled_minus_sft"]["value"] == compared[0]["overall"]["macro"]["value"]
     assert distilled["distilled_minus_sft"]["value"] is not None
     assert Path("runs/latest").resolve() == Path("runs/first").resolve()
     for name in ("recipe.yaml", "metrics.jsonl", "student/config.json", "checkpoints", "report/comparison.md",

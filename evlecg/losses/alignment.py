@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evlecg.losses.stable import full_precision, layer_normalised, masked_mean, zero_where_masked
+from evlecg.losses.transport import cell_cost, cell_shares
 from evlecg.schema import Side
 
 
@@ -103,26 +104,57 @@ def visible_mask(student: Side, teacher: Side) -> Tensor:
     return student.valid_BS[:, :, None] & teacher.valid_BS[:, None]
 
 
-def position_bias(student: Side, teacher: Side, *, weight: float) -> Tensor:
+LEAD_APART = 0.25  # another lead, in squared page widths, where only leads and times can be compared
+
+
+def position_bias(
+    student: Side,
+    teacher: Side,
+    *,
+    weight: float,
+    cells: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Attention bias [B, S, T] against the far side of the page.
 
     Minus `weight` times the squared distance of the box centres (page [0, 1]) between two visual tokens that see the
-    page; 0 where either is text or sees only padding.
+    page; 0 where either is text or sees only padding. Where one of them reads signals, the distance is one of time and
+    lead (`transport.cell_cost`, another lead for `LEAD_APART`), which takes the batch's cells: their leads and times.
     """
-    student_centre_BS2, student_seen_BS = _centres(student)
-    teacher_centre_BT2, teacher_seen_BT = _centres(teacher)
-    distance_BST = (student_centre_BS2[:, :, None] - teacher_centre_BT2[:, None]).square().sum(-1)
-    return -weight * distance_BST * (student_seen_BS[:, :, None] & teacher_seen_BT[:, None])
+    student_index_BS, student_seen_BS = _visual_index(student)
+    teacher_index_BT, teacher_seen_BT = _visual_index(teacher)
+    seen_BST = student_seen_BS[:, :, None] & teacher_seen_BT[:, None]
+    if 0 in (student.visual_box_BN4.shape[1], teacher.visual_box_BN4.shape[1]):
+        return student.visual_box_BN4.new_zeros(seen_BST.shape)
+    if student.frame == teacher.frame == "page":
+        student_centre_BS2 = _centres(student).gather(1, student_index_BS[..., None].expand(-1, -1, 2))
+        teacher_centre_BT2 = _centres(teacher).gather(1, teacher_index_BT[..., None].expand(-1, -1, 2))
+        distance_BST = (student_centre_BS2[:, :, None] - teacher_centre_BT2[:, None]).square().sum(-1)
+    else:
+        if cells is None:
+            raise ValueError("places on a page and on a trace are compared through cells")
+        between_BNM = cell_cost(
+            cell_shares(student.visual_box_BN4, student.visual_mask_BN, student.cell_box_BC4),
+            cell_shares(teacher.visual_box_BN4, teacher.visual_mask_BN, teacher.cell_box_BC4),
+            *cells,
+            position=1.0,
+            lead=LEAD_APART,
+        )
+        rows_B11 = torch.arange(len(between_BNM), device=between_BNM.device)[:, None, None]
+        distance_BST = between_BNM[rows_B11, student_index_BS[:, :, None], teacher_index_BT[:, None]]
+    return -weight * distance_BST * seen_BST
 
 
-def _centres(side: Side) -> tuple[Tensor, Tensor]:
-    """Page position [B, S, 2] of every position, and whether it has one [B, S]."""
-    centre_BN2 = (side.visual_box_BN4[..., :2] + side.visual_box_BN4[..., 2:]) / 2
-    if centre_BN2.shape[1] == 0:
-        return centre_BN2.new_zeros((*side.visual_BS.shape, 2)), torch.zeros_like(side.visual_BS)
-    index_BS = (side.visual_BS.long().cumsum(1) - 1).clamp(0, centre_BN2.shape[1] - 1)
-    centre_BS2 = centre_BN2.gather(1, index_BS[..., None].expand(-1, -1, 2))
-    return centre_BS2, side.visual_BS & side.visual_mask_BN.gather(1, index_BS)
+def _centres(side: Side) -> Tensor:
+    """Middle of every visual token's box [B, N, 2]."""
+    return (side.visual_box_BN4[..., :2] + side.visual_box_BN4[..., 2:]) / 2
+
+
+def _visual_index(side: Side) -> tuple[Tensor, Tensor]:
+    """Which visual token stands at every position, int [B, S] (any, where none does), and whether it sees a place."""
+    if side.visual_box_BN4.shape[1] == 0:
+        return torch.zeros_like(side.block_BS), torch.zeros_like(side.visual_BS)
+    index_BS = (side.visual_BS.long().cumsum(1) - 1).clamp(0, side.visual_box_BN4.shape[1] - 1)
+    return index_BS, side.visual_BS & side.visual_mask_BN.gather(1, index_BS)
 
 
 def visual_states(hidden_BSD: Tensor, side: Side) -> Tensor:

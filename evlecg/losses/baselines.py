@@ -422,7 +422,7 @@ class Feature(Baseline):
     def build(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """One projection for text, one for visual tokens."""
         self.text = nn.Linear(teacher.width, student.width, bias=False)
-        self.vision = nn.Linear(teacher.width, student.width, bias=False)
+        self.vision = nn.Linear(teacher.token_width, student.token_width, bias=False)
 
     def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Text and visual part."""
@@ -463,7 +463,7 @@ class EmKd(Baseline):
 
     def build(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """The projection that makes both sides' tokens comparable."""
-        self.projection = nn.Linear(teacher.width, student.width, bias=False)
+        self.projection = nn.Linear(teacher.token_width, student.token_width, bias=False)
 
     def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Distance of matched states, and affinities."""

@@ -38,6 +38,8 @@ from evlecg.losses.stable import full_precision, zero_where_masked
 from evlecg.losses.terms import answer_cross_entropy, weighted
 from evlecg.losses.transport import (
     Transport,
+    cell_cost,
+    cell_shares,
     lead_marginals,
     page_cost,
     plan_diagnostics,
@@ -128,6 +130,19 @@ class EvlObjective(nn.Module):
             )
         if self.needs and teacher is None:
             raise ValueError("this objective reads a teacher, and knows none")
+        placed = student.visual_width in (None, student.width)
+        if not placed and (self.uses_alignment and config.align.scope == "visual"):
+            raise EvlecgError(
+                "the student's visual tokens are not among its hidden states: they have a width of their own",
+                where="objective.align.scope",
+                hint="set it to all or answer",
+            )
+        if not placed and self.relates_aligned and not config.strict:
+            raise EvlecgError(
+                "the student's visual tokens are not among its hidden states, so no state is aligned with them",
+                where="objective.relation.source",
+                hint="set it to teacher",
+            )
         self.aligner: CrossAligner | None = None
         self.projection: nn.Linear | None = None
         if teacher is not None and (self.uses_alignment or self.relates_aligned):
@@ -141,9 +156,10 @@ class EvlObjective(nn.Module):
                 student.width, teacher.width, heads=config.align.heads, normalise=not config.strict
             )
         if teacher is not None and self.uses_transport:
-            self.projection = nn.Linear(teacher.width, student.width, bias=False)
+            self.projection = nn.Linear(teacher.token_width, student.token_width, bias=False)
             # orthogonal: distances among teacher tokens survive, and so does their size per element
-            nn.init.orthogonal_(self.projection.weight, gain=max(1.0, math.sqrt(student.width / teacher.width)))
+            gain = max(1.0, math.sqrt(student.token_width / teacher.token_width))
+            nn.init.orthogonal_(self.projection.weight, gain=gain)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -206,7 +222,7 @@ class EvlObjective(nn.Module):
         """Every distillation term, before weighting."""
         terms = _Terms()
         if self.aligner is not None:
-            terms = self._alignment(self.aligner, student, teacher, output_head)
+            terms = self._alignment(self.aligner, student, teacher, batch, output_head)
         if self.projection is not None:
             transport = self._transport(self.projection, student, teacher, batch)
             terms = replace(terms, values={**terms.values, "ot": transport.loss}, transport=transport)
@@ -215,7 +231,9 @@ class EvlObjective(nn.Module):
             terms = replace(terms, values={**terms.values, "rel": loss}, cell_mask_BC=cell_mask_BC)
         return terms
 
-    def _alignment(self, aligner: CrossAligner, student: Outputs, teacher: Outputs, output_head: nn.Module) -> _Terms:
+    def _alignment(
+        self, aligner: CrossAligner, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module
+    ) -> _Terms:
         config = self.config.align
         if self.config.strict:
             aligned_BSD = aligner(student.hidden_BSD, teacher.hidden_BSD, visible_mask(student.side, teacher.side))
@@ -226,7 +244,8 @@ class EvlObjective(nn.Module):
         visible_BST = (cross_causal_mask if config.causal else visible_mask)(student.side, teacher.side)
         bias_BST = None
         if config.position_bias > 0:
-            bias_BST = position_bias(student.side, teacher.side, weight=config.position_bias)
+            cells = batch.cell_lead_C, batch.cell_time_C2
+            bias_BST = position_bias(student.side, teacher.side, weight=config.position_bias, cells=cells)
         query_BSD = student.hidden_BSD.detach() if config.detach_query else student.hidden_BSD
         aligned_BSD = aligner(query_BSD, teacher.hidden_BSD, visible_BST, bias_BST)
         predicting_BS = predicting_positions(student.side)
@@ -253,8 +272,7 @@ class EvlObjective(nn.Module):
         leads = _leads(teacher.side, batch), _leads(student.side, batch)
         extra_cost_BNM = None
         if not self.config.strict and (config.position > 0 or config.lead > 0):
-            boxes = teacher.side.visual_box_BN4, student.side.visual_box_BN4
-            extra_cost_BNM = page_cost(*boxes, *leads, position=config.position, lead=config.lead)
+            extra_cost_BNM = _extra_cost(teacher.side, student.side, batch, config.position, config.lead)
         a_BN, b_BM = lead_marginals(*masks, *leads) if config.marginals == "lead" else (None, None)
         return transport_loss(
             _project(_tokens(teacher, config.features), teacher.side.visual_mask_BN, projection.weight),
@@ -274,24 +292,21 @@ class EvlObjective(nn.Module):
     def _relation(self, student: Outputs, teacher: Outputs, aligned_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The relation term, and which cells both sides have (None in the published form, which pools nothing)."""
         config = self.config.relation
+        # a page grid means nothing on a trace: there, cells of lead and time are what both sides have
+        grid = config.grid if config.cells == "page" and student.side.frame == teacher.side.frame == "page" else 0
         if self.config.strict:
             assert aligned_BSD is not None
             return relation_loss(student.hidden_BSD, aligned_BSD, student.side.valid_BS), None
-        pooled_BCD, mask_BC = self._pooled(_tokens(student, config.features), student.side)
+        pooled_BCD, mask_BC = _pooled(_tokens(student, config.features), student.side, grid)
         if self.relates_aligned:
             assert aligned_BSD is not None
             # a fixed target: the aligner is trained by its own term
-            target_BCE, target_mask_BC = self._pooled(visual_states(aligned_BSD.detach(), student.side), student.side)
+            target_BCE, target_mask_BC = _pooled(visual_states(aligned_BSD.detach(), student.side), student.side, grid)
         else:
-            target_BCE, target_mask_BC = self._pooled(_tokens(teacher, config.features), teacher.side)
+            target_BCE, target_mask_BC = _pooled(_tokens(teacher, config.features), teacher.side, grid)
         mask_BC = mask_BC & target_mask_BC
         loss = relation_loss(pooled_BCD, target_BCE, mask_BC, distance=config.distance, cosine=config.cosine)
         return loss, mask_BC
-
-    def _pooled(self, tokens_BND: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-        config = self.config.relation
-        boxes = page_grid(config.grid, like=side.visual_box_BN4) if config.cells == "page" else side.cell_box_BC4
-        return pool_to_cells(tokens_BND, side.visual_box_BN4, side.visual_mask_BN, boxes)
 
     @torch.no_grad()
     def _diagnose(
@@ -358,10 +373,31 @@ def _tokens(outputs: Outputs, features: str) -> Tensor:
     return outputs.visual_BND if features == "last" else outputs.projected_BND
 
 
+def _pooled(tokens_BND: Tensor, side: Side, grid: int) -> tuple[Tensor, Tensor]:
+    """Tokens pooled into a page grid of `grid` cells a side, or into lead x time cells where it is 0."""
+    boxes = page_grid(grid, like=side.visual_box_BN4) if grid else side.cell_box_BC4
+    return pool_to_cells(tokens_BND, side.visual_box_BN4, side.visual_mask_BN, boxes)
+
+
 @full_precision
 def _project(tokens_BNE: Tensor, mask_BN: Tensor, weight_DE: Tensor) -> Tensor:
     """The teacher's tokens at the student's width. Masked first: NaN in padding would reach the weight's gradient."""
     return F.linear(zero_where_masked(tokens_BNE, mask_BN), weight_DE)
+
+
+def _extra_cost(teacher: Side, student: Side, batch: Batch, position: float, lead: float) -> Tensor:
+    """What steers the plan: distance on the page and lead; between other layouts, time and lead through the cells."""
+    if teacher.frame == student.frame == "page":
+        leads = _leads(teacher, batch), _leads(student, batch)
+        return page_cost(teacher.visual_box_BN4, student.visual_box_BN4, *leads, position=position, lead=lead)
+    return cell_cost(
+        cell_shares(teacher.visual_box_BN4, teacher.visual_mask_BN, teacher.cell_box_BC4),
+        cell_shares(student.visual_box_BN4, student.visual_mask_BN, student.cell_box_BC4),
+        batch.cell_lead_C,
+        batch.cell_time_C2,
+        position=position,
+        lead=lead,
+    )
 
 
 def _leads(side: Side, batch: Batch) -> Tensor:

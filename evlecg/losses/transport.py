@@ -196,6 +196,53 @@ def page_cost(
     return position * distance_BNM + lead * (teacher_lead_BN[:, :, None] != student_lead_BM[:, None])
 
 
+def cell_cost(
+    teacher_share_BNC: Tensor,
+    student_share_BMC: Tensor,
+    cell_lead_C: Tensor,
+    cell_time_C2: Tensor,
+    *,
+    position: float,
+    lead: float,
+) -> Tensor:
+    """Extra cost [B, N, M] of moving mass through time or out of its lead, between tokens of any two layouts.
+
+    Where teacher and student do not see the same page (one reads signals), their boxes cannot be compared, but both
+    know the lead x time cells that their tokens cover: W_t D W_s^T, where W holds each token's shares of the cells and
+    D what lies between two cells.
+
+    Args:
+        teacher_share_BNC: share of each token in each cell (see `cell_shares`); zeros for a token that shows no lead.
+        student_share_BMC: the same of the student.
+        cell_lead_C: lead of each cell, -1 where unknown.
+        cell_time_C2: its start and end in seconds, NaN where unknown.
+        position: cost of a squared distance of 1, in spans of all cells' time (a page from left to right).
+        lead: cost of leaving the lead.
+
+    Returns:
+        A token without cells is as far from every other as cells are on average.
+    """
+    time_C = torch.nan_to_num(cell_time_C2.to(teacher_share_BNC.dtype), nan=0.0)
+    span = (time_C.max() - time_C.min()).clamp_min(torch.finfo(time_C.dtype).tiny) if time_C.numel() else 1.0
+    middle_C = time_C.mean(1) / span
+    apart_CC = (cell_lead_C[:, None] != cell_lead_C[None]).to(time_C.dtype)
+    distance_CC = position * (middle_C[:, None] - middle_C[None]).square() + lead * apart_CC
+    cost_BNM = teacher_share_BNC @ distance_CC @ student_share_BMC.to(distance_CC.dtype).transpose(1, 2)
+    known_BNM = (teacher_share_BNC.sum(2) > 0)[:, :, None] & (student_share_BMC.sum(2) > 0)[:, None]
+    return torch.where(known_BNM, cost_BNM, distance_CC.mean() if distance_CC.numel() else 0.0)
+
+
+def cell_shares(box_BN4: Tensor, mask_BN: Tensor, cell_box_BC4: Tensor) -> Tensor:
+    """Share [B, N, C] of each token in each cell: of the area that it has in cells. Zeros where it has none.
+
+    A cell counts as much as the part of it that the token covers, so that a token over a whole row of thin cells
+    belongs to each of them alike.
+    """
+    area_BNC = overlap_area(box_BN4, cell_box_BC4).masked_fill(~mask_BN[..., None], 0)
+    total_BN1 = area_BNC.sum(2, keepdim=True)
+    return torch.where(total_BN1 > 0, area_BNC / total_BN1.clamp_min(torch.finfo(area_BNC.dtype).tiny), 0.0)
+
+
 def token_lead(box_BN4: Tensor, mask_BN: Tensor, cell_box_BC4: Tensor, cell_lead_C: Tensor) -> Tensor:
     """Lead of the lead x time cell that each token overlaps most: int [B, N], -1 where it overlaps none."""
     overlap_BNC = overlap_area(box_BN4, cell_box_BC4)

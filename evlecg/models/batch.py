@@ -6,18 +6,24 @@ stopped, and every process knows its share without talking to the others.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from evlecg.data.store import Prepared
-from evlecg.models.encode import Encoder, Turn
+from evlecg.errors import EvlecgError
+from evlecg.models.encode import Turn
+from evlecg.models.views import AnyEncoder, ClassifierEncoder, View, view_of
 from evlecg.page.augment import Augmenter
 from evlecg.page.layout import PageLayout, batch_cells
 from evlecg.page.picture import picture_page
 from evlecg.page.render import Page, PageStyle, render
+from evlecg.page.trace import Trace, TraceForm, TraceLayout, trace
 from evlecg.schema import Batch, Sample, Side
 
 
@@ -57,8 +63,8 @@ class BatchBuilder:
     prepared: Prepared
     samples: Sequence[Sample]
     style: PageStyle
-    student: Encoder
-    teacher: Encoder | None
+    student: AnyEncoder
+    teacher: AnyEncoder | None
     packed: bool
     augment: Augmenter | None = None
     epoch: int = 0
@@ -67,79 +73,104 @@ class BatchBuilder:
         chosen = [self.samples[int(index)] for index in indices]
         turns = [[Turn.of(question) for question in sample.questions] for sample in chosen]
         shared = self.augment is None or self.augment.teacher
-        sizes = [self.student.size_px] + ([self.teacher.size_px] if self.teacher is not None and shared else [])
-        drawn = [self._draw(sample, sizes, self.augment) for sample in chosen]
-        student, layouts = self._side(self.student, [pages[0] for pages in drawn], turns)
-        teacher = None
+        views = [view_of(self.student)] + ([view_of(self.teacher)] if self.teacher is not None and shared else [])
+        drawn = [self._draw(sample, views, self.augment) for sample in chosen]
+        student, layouts = self._side(self.student, [views[0] for views in drawn], turns)
+        teacher, teacher_layouts = None, []
         if self.teacher is not None:
             if not shared:
-                drawn = [self._draw(sample, [self.teacher.size_px], None) for sample in chosen]
-            teacher, _ = self._side(self.teacher, [pages[-1] for pages in drawn], turns)
+                drawn = [self._draw(sample, [view_of(self.teacher)], None) for sample in chosen]
+            teacher, teacher_layouts = self._side(self.teacher, [views[-1] for views in drawn], turns)
+        # a page's cells, then a trace's: a page shows most leads for a few seconds only, a signal for all of them
+        if student.frame == "trace":
+            layouts = [*teacher_layouts, *layouts]
+        elif teacher is not None and teacher.frame == "trace":
+            layouts = [*layouts, *teacher_layouts]
         _, lead_C, time_C2 = batch_cells(layouts)
         return Batch(
             sample_ids=tuple(sample.record_id for sample in chosen),
             record_B=torch.tensor(
                 [row for row, asked in enumerate(turns) for _ in (asked[:1] if self.packed else asked)]
             ),
-            student=student,
-            teacher=teacher,
+            student=_with_cells(student, self.student, lead_C, time_C2),
+            teacher=_with_cells(teacher, self.teacher, lead_C, time_C2),
             cell_lead_C=torch.from_numpy(lead_C),
             cell_time_C2=torch.from_numpy(time_C2),
         )
 
-    def _draw(self, sample: Sample, sizes_px: Sequence[tuple[int, int]], augment: Augmenter | None) -> list[Page]:
-        return draw_sizes(self.prepared, sample.record_index, sizes_px, self.style, augment=augment, epoch=self.epoch)
+    def _draw(self, sample: Sample, views: Sequence[View], augment: Augmenter | None) -> list[Page | Trace]:
+        return draw_views(self.prepared, sample.record_index, views, self.style, augment=augment, epoch=self.epoch)
 
     def _side(
-        self, encoder: Encoder, pages: list[Page], turns: Sequence[Sequence[Turn]]
-    ) -> tuple[Side, list[PageLayout]]:
+        self, encoder: AnyEncoder, views: list[Any], turns: Sequence[Sequence[Turn]]
+    ) -> tuple[Side, list[PageLayout | TraceLayout]]:
         if not self.packed:
-            repeated = [(page, [turn]) for page, row in zip(pages, turns, strict=True) for turn in row]
-            pages, turns = [page for page, _ in repeated], [row for _, row in repeated]
-        return encoder.encode(pages, turns), [page.layout for page in pages]
+            repeated = [(view, [turn]) for view, row in zip(views, turns, strict=True) for turn in row]
+            views, turns = [view for view, _ in repeated], [row for _, row in repeated]
+        return encoder.encode(views, turns), [view.layout for view in views]
+
+
+def _with_cells(side: Any, encoder: AnyEncoder | None, lead_C: np.ndarray, time_C2: np.ndarray) -> Any:
+    """A half with boxes for all of the batch's cells: a page has none for those of a trace, behind its own."""
+    if side is None:
+        return None
+    if isinstance(encoder, ClassifierEncoder) and encoder.form is not None:
+        boxes_C4 = torch.from_numpy(TraceLayout(encoder.form.window_s).boxes(lead_C, time_C2))
+        return dataclasses.replace(side, cell_box_BC4=boxes_C4.expand(len(side.valid_BS), -1, -1).contiguous())
+    missing = len(lead_C) - side.cell_box_BC4.shape[1]
+    return dataclasses.replace(side, cell_box_BC4=pad(side.cell_box_BC4, (0, 0, 0, missing))) if missing else side
 
 
 def draw(
     prepared: Prepared,
     index: int,
-    size_px: tuple[int, int],
+    view: View,
     style: PageStyle,
     *,
     augment: Augmenter | None = None,
     epoch: int = 0,
-) -> Page:
-    """The page of one prepared record at one model's size: drawn from its signal, or the picture that it is.
+) -> Any:
+    """One prepared record as one model sees it: a `Page` at its size (drawn, or the picture that it is), or a `Trace`.
 
     Args:
         prepared: prepared folder.
         index: the record's place in it.
-        size_px: width, height.
+        view: size of the page, or form of the signal.
         style: how pages look that are drawn.
         augment: what disturbs signal and page; the same (seed, epoch, index) gives the same page.
         epoch: which pass over the data.
+
+    Raises:
+        EvlecgError: a record that is a picture, for a model that reads signals.
     """
-    return draw_sizes(prepared, index, [size_px], style, augment=augment, epoch=epoch)[0]
+    return draw_views(prepared, index, [view], style, augment=augment, epoch=epoch)[0]
 
 
-def draw_sizes(
+def draw_views(
     prepared: Prepared,
     index: int,
-    sizes_px: Sequence[tuple[int, int]],
+    views: Sequence[View],
     style: PageStyle,
     *,
     augment: Augmenter | None = None,
     epoch: int = 0,
-) -> list[Page]:
-    """`draw` at several sizes: the record is read, and its signal disturbed, once."""
+) -> list[Any]:
+    """`draw` for several models: the record is read, and its signal disturbed, once."""
     record = prepared.record(index)
     signal_mV, start_s = record.signal_mV, 0.0
     if augment is not None and not record.image:
         signal_mV, start_s = augment.signal(signal_mV, record.fs_hz, epoch=epoch, index=index)
-    pages = []
-    for size_px in sizes_px:
+    drawn: list[Any] = []
+    for view in views:
+        if isinstance(view, TraceForm):
+            if record.image:
+                raise EvlecgError("a record is a picture, and the model reads signals", where=record.id,
+                                  hint="leave such records out, or take a model that reads pages")  # fmt: skip
+            drawn.append(trace(signal_mV, record.fs_hz, view, start_s=start_s, where=record.id))
+            continue
         if record.image:
-            page = picture_page(record.image, size_px=size_px, where=record.id)
+            page = picture_page(record.image, size_px=view, where=record.id)
         else:
-            page = render(signal_mV, record.fs_hz, size_px=size_px, style=style, start_s=start_s)
-        pages.append(page if augment is None else augment.page(page, epoch=epoch, index=index))
-    return pages
+            page = render(signal_mV, record.fs_hz, size_px=view, style=style, start_s=start_s)
+        drawn.append(page if augment is None else augment.page(page, epoch=epoch, index=index))
+    return drawn

@@ -5,15 +5,13 @@ page stand in one row and do not see one another (tree attention), so that the i
 questions hang on it; unpacked, each block has a row of its own. Both give the same logits; `models.outputs` proves it
 for the checkpoint at hand before packing is used.
 
-Where a visual token looks on the page is measured, not derived: the processor is given pages whose colours are their
-own coordinates, and what it returns tells which part of the page every patch came from, whatever the processor
-resized, padded, cropped, split or merged on the way.
+Where a visual token looks on the page is measured (positions.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +20,15 @@ import torch
 from torch import Tensor
 
 from evlecg.errors import EvlecgError
+from evlecg.models import apart
 from evlecg.models.load import Checkpoint
+from evlecg.models.positions import measure_boxes
 from evlecg.page.layout import batch_cells
 from evlecg.page.render import Page
 from evlecg.schema import Question, Side
 
 REMEMBERED_TURNS = 20_000
+MOST_APPENDED = 2  # tokens that a processor puts behind the text
 PAPER_SHAPE = (1100, 850)  # landscape letter at 100 px an inch: the shape of a page where the processor sets none
 
 
@@ -91,13 +92,21 @@ class Encoder:
 
     def __init__(self, checkpoint: Checkpoint, processor: Any, *, size_px: tuple[int, int] | None = None) -> None:
         self.checkpoint = checkpoint
+        self.family = checkpoint.family
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.size_px = size_px or wanted_page_size(processor.image_processor)
+        self.apart = apart.apart_of(checkpoint.config)
+        self.nothing_asked = Turn("", ".")
+        self.size_px = size_px or self._wanted_size()
         pad = self.tokenizer.pad_token_id
+        self.image_id = checkpoint.image_token_id
         self.pad_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
         self._tails: dict[Turn, _Tail] = {}
         self._boxes: dict[int, np.ndarray] = {}
+
+    def _wanted_size(self) -> tuple[int, int]:
+        width, height = wanted_page_size(self.processor.image_processor, getattr(self.processor, "images_kwargs", {}))
+        return width * self.family.scale[0], height * self.family.scale[1]
 
     def text(self, turn: Turn) -> tuple[str, str]:
         """(prompt, prompt with the answer): the checkpoint's chat template, image first."""
@@ -105,12 +114,14 @@ class Encoder:
         if not getattr(self.processor, "chat_template", None):  # PaliGemma's kind: image and question, then the answer
             image = getattr(self.processor, "image_token", "<image>")
             earlier = "".join(f"{question}\n{answer}\n" for question, answer in turn.history)
-            prompt = f"{image}{earlier}{turn.question}\n"
+            prompt = self.family.prompt.format(image=image, earlier=earlier, question=turn.question)
             return prompt, prompt + turn.answer + ((self.tokenizer.eos_token or "") if turn.ends else "")
         prompt = self.processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         full = self.processor.apply_chat_template([*asked, replied], tokenize=False).rstrip()
         if not full.startswith(prompt) or turn.answer not in full[len(prompt) :]:
             full = prompt + turn.answer + (self.tokenizer.eos_token or "")
+        if turn.ends and full.endswith(turn.answer):  # a template that leaves it to the next turn to end this one
+            full += self.tokenizer.eos_token or ""
         if not turn.ends:
             full = full[: full.index(turn.answer, len(prompt)) + len(turn.answer)]
         return prompt, full
@@ -125,9 +136,12 @@ class Encoder:
         Returns:
             A `Side` of B = len(pages) rows.
         """
+        if self.apart is not None:
+            return apart.encode(self, pages, turns)
         tails = [[self._tail(turn) for turn in row] for row in turns]
         rows = self._process([page.pixels for page in pages], [self.text(row[0])[1] for row in turns])
         special = rows["attention_mask"].shape
+        rows.pop("labels", None)  # PaliGemma's processor marks all that is not its own suffix as unanswered
         per_token = {
             key: value
             for key, value in rows.items()
@@ -146,13 +160,17 @@ class Encoder:
 
     def answer_ids(self, turn: Turn) -> tuple[int, ...]:
         """Ids of the answer's tokens, in their context."""
+        if self.apart is not None:
+            return apart.answer_ids(self, turn)
         tail = self._tail(turn)
         return tuple(token for token, answer in zip(tail.ids, tail.is_answer, strict=True) if answer)
 
     def _process(self, pages: Sequence[np.ndarray], texts: list[str]) -> dict[str, Any]:
         from PIL import Image
 
-        images = [[Image.fromarray(page)] for page in pages]
+        images: list = [Image.fromarray(page) for page in pages]
+        if self.family.nested:
+            images = [[image] for image in images]
         try:
             return dict(
                 self.processor(
@@ -161,6 +179,7 @@ class Encoder:
                     padding=True,
                     return_tensors="pt",
                     add_special_tokens=self._adds(texts[0]),
+                    **self.family.processor,
                 )
             )
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -186,14 +205,8 @@ class Encoder:
         prompt, full = self.text(turn)
         encoded = self.tokenizer(full, add_special_tokens=self._adds(full), return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        images = [place for place, token in enumerate(ids) if token == self.checkpoint.image_token_id]
-        if not images:
-            raise EvlecgError(
-                "the chat template puts no image placeholder into the prompt",
-                where=self.checkpoint.name,
-                hint=f"the template gave {prompt!r}",
-            )
-        start = images[-1] + 1
+        image_end = self._image_end(prompt)
+        start = next((place for place, (begin, _) in enumerate(offsets) if begin >= image_end), len(ids))
         answer_start = full.index(turn.answer, len(prompt)) if turn.answer else len(full)
         answer_stop = answer_start + len(turn.answer)
         # a token belongs to the answer when it ends behind the prompt; end-of-turn marks do, white space before does
@@ -205,17 +218,31 @@ class Encoder:
         )
         return _Tail(tuple(ids[start:]), is_answer, byte_end)
 
+    def _image_end(self, prompt: str) -> int:
+        """Where the image's placeholder ends in a prompt."""
+        named = (getattr(self.processor, name, None) for name in ("image_placeholder_token", "image_token"))
+        known = {*named, self.tokenizer.convert_ids_to_tokens(self.image_id)}
+        ends = [prompt.rindex(token) + len(token) for token in known if token and token in prompt]
+        if not ends:
+            raise EvlecgError(
+                "the chat template puts no image placeholder into the prompt",
+                where=self.checkpoint.name,
+                hint=f"the template gave {prompt!r}",
+            )
+        return max(ends)
+
     def _row(self, ids: list[int], tails: list[_Tail], extra: dict[str, list[int]]) -> dict[str, list[int]]:
         """One row: the shared prefix, then every question's block."""
         first = tails[0].ids
-        if tuple(ids[len(ids) - len(first) :]) != first:
+        start = _last_place(ids, first)
+        if start is None:
             raise EvlecgError(
                 "the text behind the image is tokenized differently once the image is expanded",
                 where=self.checkpoint.name,
                 hint="this family needs a row of its own; please report it",
             )
         shared = _common_prefix(tails) if len(tails) > 1 else 0
-        prefix = len(ids) - len(first) + shared
+        prefix = start + shared
         row: dict[str, list[int]] = {
             "input_ids": ids[:prefix], "block": [0] * prefix, "byte_end": [0] * prefix, "answer": [0] * prefix,
         }  # fmt: skip
@@ -226,6 +253,8 @@ class Encoder:
             row["answer"] += [int(flag) for flag in tail.is_answer[shared:]]
         for key, values in extra.items():  # token types and the like: further text is of the type the text had
             row[key] = values[:prefix] + [values[-1]] * (len(row["input_ids"]) - prefix)
+        if self.family.answer_type is not None:
+            row["token_type_ids"] = [flag * self.family.answer_type for flag in row["answer"]]
         return row
 
     def _pad(self, built: list[dict[str, list[int]]], extra: list[str]) -> dict[str, Tensor]:
@@ -245,7 +274,7 @@ class Encoder:
             return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in built], dtype=torch.long)
 
         valid_BS = inputs["attention_mask"].bool()
-        visual_BS = (inputs["input_ids"] == self.checkpoint.image_token_id) & valid_BS
+        visual_BS = (inputs["input_ids"] == self.image_id) & valid_BS
         counts = visual_BS.sum(1).tolist()
         boxes = [page.layout.to_paper(self.boxes(count)) for count, page in zip(counts, pages, strict=True)]
         box_BN4 = torch.zeros(len(built), max(counts), 4)
@@ -270,56 +299,55 @@ class Encoder:
         """Page box of every visual token, float32 [n_tokens, 4] as x0 y0 x1 y1 in [0,1]; zeros where it sees padding.
 
         Raises:
-            EvlecgError: the processor's pixels do not fall into `n_tokens` equal groups (a merge that is not known).
+            EvlecgError: the family's layout does not come to `n_tokens` (a merge that is not known).
         """
         if n_tokens not in self._boxes:
             self._boxes[n_tokens] = self._measure_boxes(n_tokens)
         return self._boxes[n_tokens]
 
     def _measure_boxes(self, n_tokens: int) -> np.ndarray:
-        width, height = self.size_px
-        ramp = np.zeros((height, width, 3), np.uint8)
-        ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)[None, :]
-        ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
-        ramp[..., 2] = 255  # tells paper from what the processor pads with
-        black = np.zeros_like(ramp)
-        # one page a call: some processors pad the pages of a batch to one another
-        text = self.text(Turn("", "."))[1]
-        seen, dark, light = (
-            _tiles(self._process([page], [text])["pixel_values"]) for page in (ramp, black, np.full_like(ramp, 255))
-        )
-        low, high = dark.min((0, 2, 3), keepdims=True), light.max((0, 2, 3), keepdims=True)
-        colour = (seen - low) / (high - low)  # [tiles, 3, rows, columns], 0..1: undoes any normalisation
-        groups = _group(colour, n_tokens)
-        if groups is None:
+        if self.apart is not None:
+            boxes = apart.boxes(self, n_tokens)
+        else:
+            text = self.text(self.nothing_asked)[1]
+            boxes = measure_boxes(
+                lambda page: self._process([page], [text]),
+                size_px=self.size_px,
+                n_tokens=n_tokens,
+                layout=self.family.layout,
+                config=self.checkpoint.config,
+            )
+        if boxes is None:
             raise EvlecgError(
                 f"cannot tell where {n_tokens} visual tokens of family {self.checkpoint.model_type!r} lie on the page",
                 where=self.checkpoint.name,
                 hint="its tokens are not equal shares of its pixels; this family is not supported yet",
             )
-        paper = groups[:, 2] > 0.5
-        box_N4 = np.zeros((n_tokens, 4), np.float32)
-        for axis, size in ((0, groups.shape[2]), (1, groups.shape[2])):
-            coordinate = np.clip(groups[:, axis], 0, 1)
-            low_N = np.where(paper, coordinate, np.inf).min(1)
-            high_N = np.where(paper, coordinate, -np.inf).max(1)
-            half_pixel_N = (high_N - low_N) / max(math.sqrt(size) - 1, 1) / 2
-            box_N4[:, axis] = np.clip(low_N - half_pixel_N, 0, 1)
-            box_N4[:, axis + 2] = np.clip(high_N + half_pixel_N, 0, 1)
-        box_N4[paper.mean(1) < 0.05] = 0  # a sliver of paper is padding
-        return box_N4
+        return boxes
 
 
-def wanted_page_size(image_processor: Any) -> tuple[int, int]:
-    """(width, height) of a page that the image processor neither crops nor squeezes more than it must."""
+def wanted_page_size(image_processor: Any, defaults: Mapping[str, Any] = {}) -> tuple[int, int]:
+    """(width, height) of a page that the image processor neither crops nor squeezes more than it must.
+
+    Args:
+        image_processor: the checkpoint's.
+        defaults: what its processor sets where the image processor's own entry would decide otherwise.
+    """
     size = {
         key: value
         for key in ("height", "width", "shortest_edge", "longest_edge")
         if (value := _entry(getattr(image_processor, "size", None), key)) is not None
     }
+    pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
+    if pinpoints:
+        return _anyres_size(pinpoints)
     crop = getattr(image_processor, "crop_size", None)
     if getattr(image_processor, "do_center_crop", False) and crop is not None:
         return int(_entry(crop, "width") or crop), int(_entry(crop, "height") or crop)
+    limits = _tile_limits(image_processor, defaults)
+    if "height" in size and "width" in size and limits is not None:
+        tile = _tile_px(image_processor)
+        return _tiled_size(tile or int(size["width"]), tile or int(size["height"]), *limits)
     if "height" in size and "width" in size:
         return int(size["width"]), int(size["height"])
     largest = _entry(getattr(image_processor, "max_image_size", None), "longest_edge")
@@ -327,7 +355,12 @@ def wanted_page_size(image_processor: Any) -> tuple[int, int]:
         return int(largest), int(largest)  # Idefics3 unsplit: one square tile
     width, height = PAPER_SHAPE
     longest = size.get("longest_edge")
-    if longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
+    most_patches = getattr(image_processor, "max_patches", None)
+    if most_patches is not None:  # Pix2Struct: as many patches as it may have
+        patch = image_processor.patch_size
+        patch_px2 = patch**2 if isinstance(patch, int) else int(_entry(patch, "height") or 1) ** 2
+        scale = min(1.0, math.sqrt(most_patches * patch_px2 / (width * height)))
+    elif longest is not None and longest > 10_000:  # the Qwen family counts pixels, not edges
         scale = min(1.0, math.sqrt(longest / (width * height)))
     elif longest is not None:
         scale = longest / width
@@ -338,39 +371,56 @@ def wanted_page_size(image_processor: Any) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
+def _anyres_size(pinpoints: Any) -> tuple[int, int]:
+    """The largest page of the paper's shape that fits one of the (height, width) that are cut into tiles."""
+    width, height = PAPER_SHAPE
+    scale = max(min(wide / width, high / height) for high, wide in pinpoints)
+    return round(width * scale), round(height * scale)
+
+
+def _tile_limits(image_processor: Any, defaults: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(fewest, most) tiles of the grid that a page is cut into, as wide and high as the page; None where it is not."""
+    if defaults.get("crop_to_patches", getattr(image_processor, "crop_to_patches", False)):  # InternVL's kind
+        return image_processor.min_patches, image_processor.max_patches
+    if getattr(image_processor, "do_image_splitting", False) and hasattr(image_processor, "max_tiles"):  # LFM2-VL
+        return image_processor.min_tiles, image_processor.max_tiles
+    if getattr(image_processor, "vision_input_type", "") == "thumb+tile":  # Perception LM
+        return 1, image_processor.max_num_tiles
+    if hasattr(image_processor, "downsampler_stride"):  # Step 3.7
+        return 1, (image_processor.max_image_size // image_processor.patch_size) ** 2
+    return None
+
+
+def _tile_px(image_processor: Any) -> int | None:
+    """Side of the tiles where it is not the size of the page as a whole."""
+    if hasattr(image_processor, "downsampler_stride"):
+        return int(image_processor.patch_size)
+    return getattr(image_processor, "tile_size", None)
+
+
+def _tiled_size(tile_width: int, tile_height: int, least: int, most: int) -> tuple[int, int]:
+    """The grid of tiles that is nearest the paper's shape; of grids of one shape, the larger."""
+    width, height = PAPER_SHAPE
+    grids = [(across, down) for across in range(1, most + 1) for down in range(1, most // across + 1)]
+
+    def fit(grid: tuple[int, int]) -> tuple[float, int]:
+        return abs(math.log(grid[0] * tile_width * height / (grid[1] * tile_height * width))), -grid[0] * grid[1]
+
+    across, down = min((grid for grid in grids if grid[0] * grid[1] >= least), key=fit)
+    return across * tile_width, down * tile_height
+
+
 def _entry(size: Any, key: str) -> int | None:
     """`size[key]` of a dict or of transformers' SizeDict, None where it is not set."""
     return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
 
 
-def _tiles(pixels: Any) -> np.ndarray:
-    """Pixel values of one page as float64 [tiles, 3, rows, columns]; flat patches are tiles of one row."""
-    if isinstance(pixels, (list, tuple)):
-        pixels = pixels[0]
-    values = torch.as_tensor(pixels).double().numpy()
-    if values.ndim >= 4:
-        return values.reshape(-1, *values.shape[-3:])
-    patches = values.reshape(-1, values.shape[-1])  # Qwen's kind: [patches, 3 x frames x side x side]
-    return patches.reshape(len(patches), 3, 1, -1)
-
-
-def _group(colour: np.ndarray, n_tokens: int) -> np.ndarray | None:
-    """Pixels of every visual token, [n_tokens, 3, pixels], or None where they do not divide evenly."""
-    tiles, _, rows, columns = colour.shape
-    if rows == 1:  # flat patches: a token is a run of merged patches
-        if tiles % n_tokens:
-            return None
-        return colour.reshape(n_tokens, tiles // n_tokens, 3, columns).swapaxes(1, 2).reshape(n_tokens, 3, -1)
-    if n_tokens % tiles:
-        return None
-    each = n_tokens // tiles
-    down = round(math.sqrt(each * rows / columns))
-    if down == 0 or each % down:
-        return None
-    across = each // down
-    high, wide = rows // down, columns // across  # a remainder at the edge is not seen by the patches
-    part = colour[:, :, : high * down, : wide * across].reshape(tiles, 3, down, high, across, wide)
-    return part.transpose(0, 2, 4, 1, 3, 5).reshape(n_tokens, 3, high * wide)
+def _last_place(ids: list[int], tail: tuple[int, ...]) -> int | None:
+    """Where `tail` begins in `ids`; a processor may append an end of line of its own, which is left out."""
+    for start in range(len(ids) - len(tail), max(len(ids) - len(tail) - MOST_APPENDED, 0) - 1, -1):
+        if tuple(ids[start : start + len(tail)]) == tail:
+            return start
+    return None
 
 
 def _common_prefix(tails: list[_Tail]) -> int:

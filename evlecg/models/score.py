@@ -9,9 +9,10 @@ import torch
 
 from evlecg.data.store import Prepared
 from evlecg.models.batch import draw
-from evlecg.models.encode import Encoder, Turn
+from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
 from evlecg.models.outputs import can_pack, forward, to_device
+from evlecg.models.views import encoder_for, view_of
 from evlecg.page.render import PageStyle
 from evlecg.schema import Prediction, Question, Sample
 
@@ -35,13 +36,14 @@ class Scorer:
         self.loaded = loaded
         self.prepared = prepared
         self.style = style
-        self.encoder = Encoder(loaded.checkpoint, loaded.processor, size_px=size_px)
+        self.encoder = encoder_for(loaded, size_px=size_px)
+        self.view = view_of(self.encoder)
         self.packed = False
         self.packing_note = "not tried"
 
     def prove_packing(self, sample: Sample) -> None:
         """Tries all questions of one page in one row; used from then on if the logits are the same."""
-        page = draw(self.prepared, sample.record_index, self.encoder.size_px, self.style)
+        page = draw(self.prepared, sample.record_index, self.view, self.style)
         turns = [turn for question in sample.questions for turn in self._turns(question)]
         self.packed, self.packing_note = can_pack(self.loaded, self.encoder, page, turns)
 
@@ -73,7 +75,7 @@ class Scorer:
     def _choices(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Question, torch.Tensor]]:
         """Every question of a few samples with the log likelihoods of its choices, float64."""
         model = self.loaded.model.eval()
-        pages = [draw(self.prepared, sample.record_index, self.encoder.size_px, self.style) for sample in samples]
+        pages = [draw(self.prepared, sample.record_index, self.view, self.style) for sample in samples]
         asked = [
             (row, question, choice, turn)
             for row, sample in enumerate(samples)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from evlecg.errors import EvlecgError
 from evlecg.files import write_text_atomic
-from evlecg.recipe import DataConfig, PageConfig, section
+from evlecg.recipe import DataConfig, PageConfig, SignalConfig, section
 
 FILE = "evlecg.json"
 
@@ -25,12 +25,16 @@ class TrainedWith:
         question: wording of the yes/no question, with `{description}`.
         labels: label code -> noun phrase; empty where unknown.
         page: how its pages looked; `student_size` is the size it saw.
+        kind: "text", "image" or "signal" (see `models.kinds`).
+        signal: how signals entered a model that reads them, all of it said; None for others.
         method, teacher, recipe_fingerprint: how it came about; None where unknown.
     """
 
     question: str = DataConfig().question
     labels: dict[str, str] = field(default_factory=dict)
     page: PageConfig = field(default_factory=PageConfig)
+    kind: str = "text"
+    signal: SignalConfig | None = None
     method: str | None = None
     teacher: str | None = None
     recipe_fingerprint: str | None = None
@@ -52,6 +56,8 @@ def trained_with(folder: Path) -> TrainedWith:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         page = section(PageConfig, tree.pop("page"), where=str(path))
-        return TrainedWith(page=page, **tree)
+        signal = tree.pop("signal", None)
+        form = section(SignalConfig, signal, where=str(path)) if signal is not None else None
+        return TrainedWith(page=page, signal=form, **tree)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise EvlecgError("evlecg.json is damaged", where=path, hint="export the student again") from error

@@ -8,12 +8,22 @@ from typing import Any
 
 from evlecg.losses.bridge import END
 from evlecg.models.encode import Encoder, Turn
+from evlecg.models.kinds import ANSWERS
+from evlecg.models.load import Loaded
+from evlecg.models.views import AnyEncoder
 
 METASPACE = "\u2581"
 FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")  # a byte that no piece of text covers
 
 
-def token_bytes(encoder: Encoder, vocab_size: int) -> tuple[bytes | None, ...]:
+def token_bytes(loaded: Loaded, encoder: AnyEncoder) -> tuple[bytes | None, ...]:
+    """Bytes of every row of a model's head: those of its tokenizer, or the two answers of a classifier."""
+    if not isinstance(encoder, Encoder):
+        return tuple(answer.encode() for answer in ANSWERS)
+    return spelt_tokens(encoder, loaded.checkpoint.vocab_size)
+
+
+def spelt_tokens(encoder: Encoder, vocab_size: int) -> tuple[bytes | None, ...]:
     """Bytes of every row of the output head.
 
     None where a row stands for no text (special tokens, rows beyond the tokenizer); the mark that ends an answer in

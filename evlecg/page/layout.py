@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -213,7 +214,22 @@ class PageLayout:
         return boxes_N4 if self.warp is None else _moved(np.linalg.inv(self._warp_33), boxes_N4)
 
 
-def batch_cells(layouts: Sequence[PageLayout]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class CellLayout(Protocol):
+    """What lead x time cells lie on: a `PageLayout`, or a signal's plane (`trace.TraceLayout`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def duration_s(self) -> float: ...
+
+    @property
+    def paper(self) -> CellLayout: ...
+
+    def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
+def batch_cells(layouts: Sequence[CellLayout]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The cells of pages that need not be alike, on their papers: one list of cells that serves every page.
 
     Kinds of pages follow one another in the order in which they come. A page has boxes for the cells of its own kind

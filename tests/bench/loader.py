@@ -21,7 +21,7 @@ from evlecg.data.store import Prepared
 from evlecg.data.tasks import label_samples
 from evlecg.losses.objective import METHODS
 from evlecg.models import load as models
-from evlecg.models.batch import BatchBuilder, draw_sizes
+from evlecg.models.batch import BatchBuilder, draw_views
 from evlecg.models.encode import Encoder
 from evlecg.models.outputs import AnswerHead, forward
 from evlecg.page.augment import augmenter
@@ -66,7 +66,7 @@ def main() -> None:
         def pages(number: int, sides: list[Encoder]) -> None:
             sizes = [encoder.size_px for encoder in sides]
             for index in indices(number):
-                draw_sizes(prepared, samples[index].record_index, sizes, style, augment=augment, epoch=number)
+                draw_views(prepared, samples[index].record_index, sizes, style, augment=augment, epoch=number)
 
         objective = METHODS["ce"](ObjectiveConfig(), student=student.facts, teacher=None)
         optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-4)

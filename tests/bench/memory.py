@@ -1,0 +1,180 @@
+"""Is the memory estimate right? Beside measured peaks; then the tables of real pairs, which no machine here can hold.
+
+    python -m tests.bench.memory [--runs N] [--only real|measured] [--json FILE]
+
+Measured: every case runs N times in a process of its own. There the code, its libraries and a step on small models come
+first; then the peak is reset (`/proc/self/clear_refs`), the models are built with random weights, three optimizer steps
+are taken (the first with the gradient norms that the log shows), and the peak resident set above what was resident
+before is read off (`VmHWM`). The median is compared with `evlecg.distill.step_memory`. Linux only.
+
+Real pairs: from published configs, on the meta device, bfloat16, batches of four rows with 96 tokens of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from evlecg.recipe import Recipe, load_recipe, parse_set
+from tests.bench.timing import save
+
+TERMS = ["objective.lambda_m=0.3", "objective.lambda_r=10", "objective.lambda_ot=0.1", "log.gradients_every=50"]
+LORA = ["lora.rank=64", "lora.alpha=16", "lora.dropout=0.05"]  # the paper's presumed setting
+TOLERANCE = 0.15
+
+# name -> (teacher, student, rows, tokens of text, recipe keys)
+MEASURED: dict[str, tuple[str | None, str, int, int, list[str]]] = {
+    "builtin pair, 32 rows": ("builtin:teacher", "builtin:student", 32, 32, []),
+    "100M pair, 2 rows": ("llava-100M", "idefics3-100M", 2, 64, []),
+    "100M pair, 8 rows": ("llava-100M", "idefics3-100M", 8, 96, []),
+    "100M SFT only, 6 rows": (None, "llava-100M", 6, 96, []),
+    "100M pair, LoRA, 6 rows": ("llava-100M", "llava-100M", 6, 96, LORA),
+    "100M, checkpointed, 8 rows": (None, "llava-100M", 8, 96, ["train.gradient_checkpointing=true"]),
+}
+REAL: list[tuple[str, str, list[str]]] = [
+    ("PULSE-7B", "FastVLM-1.5B", LORA),
+    ("PULSE-7B", "FastVLM-1.5B", [*LORA, "train.gradient_checkpointing=true", "train.teacher_bits=8"]),
+    ("PULSE-7B", "Qwen2-VL-2B", [*LORA, "train.gradient_checkpointing=true"]),
+    ("PULSE-7B", "SmolVLM-256M", []),
+    ("PULSE-7B", "SmolVLM-500M", []),
+    ("PULSE-7B", "SmolVLM-256M", ["train.gradient_checkpointing=true"]),
+]
+
+
+def _recipe(teacher: str | None, keys: list[str]) -> Recipe:
+    return load_recipe(None, parse_set([f"teacher={teacher or 'none'}", *TERMS, *keys]))
+
+
+def _kind(name: str) -> Any:
+    """A model of tests.real_configs, or a built-in one in their manner."""
+    from evlecg.models import load as models
+    from tests.real_configs import Kind, _square, _tiles, kinds
+
+    if not name.startswith("builtin:"):
+        return kinds()[name]
+    config = models.inspect(name).config
+    return Kind(name, config, *((144, _square(168)) if "teacher" in name else (36, _tiles(1, 168))))
+
+
+def _batch(teacher: str | None, student: str, rows: int, n_text: int) -> Any:
+    from tests.real_configs import batch
+
+    return batch(_kind(student), _kind(teacher) if teacher else None, rows, n_text=n_text)
+
+
+def _estimate(teacher: str | None, student: str, rows: int, n_text: int, keys: list[str]) -> Any:
+    from evlecg.distill import step_memory
+
+    checkpoint = _kind(teacher).checkpoint if teacher else None
+    made = _batch(teacher, student, rows, n_text)
+    return step_memory(_recipe(teacher, keys), made, _kind(student).checkpoint, checkpoint)
+
+
+def _steps(teacher: str | None, student: str, rows: int, n_text: int, keys: list[str], batch: Any, n: int = 3) -> None:
+    """Real optimizer steps on random weights."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from evlecg import distill
+    from evlecg.losses.objective import METHODS
+    from evlecg.models.load import Loaded
+
+    recipe = _recipe(teacher, keys)
+    loaded = []
+    for name in (student, *([teacher] if teacher else [])):
+        checkpoint = dataclasses.replace(_kind(name).checkpoint, trained=True)
+        model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch.float32)
+        loaded.append(Loaded(checkpoint, model, None))
+    small, large = loaded[0], loaded[1] if teacher else None
+    distill._adapt(recipe, small)
+    facts = large.facts if large else None
+    objective = METHODS[recipe.effective_method](recipe.objective, student=small.facts, teacher=facts)
+    optimizer = distill._optimizer(recipe, small.model, objective)
+    job = distill._bare_job(recipe, small, large, objective, optimizer)
+    for number in range(n):
+        distill._step(job, [batch], distill._Position(), diagnose=number == 0, gradients=number == 0)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measure(name: str) -> int:
+    """Peak resident bytes above the baseline, of one case in this process."""
+    import gc
+
+    import torch
+
+    torch.set_num_threads(1)
+    case = MEASURED[name]
+    batch = _batch(*case[:4])
+    warm = ("builtin:teacher" if case[0] else None, "builtin:student", 2, 16)
+    _steps(*warm, case[4] if "lora.rank=64" not in case[4] else [], _batch(*warm))
+    if "lora.rank=64" in case[4]:
+        import peft  # noqa: F401
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    _steps(*case, batch)
+    return _status("VmHWM") - before
+
+
+def compare(runs: int) -> list[dict[str, Any]]:
+    """Estimates beside medians of measured peaks."""
+    found = []
+    for name, case in MEASURED.items():
+        command = [sys.executable, "-m", "tests.bench.memory", "--measure", name]
+        peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+                 for _ in range(runs)]  # fmt: skip
+        told, median = _estimate(*case), statistics.median(peaks)
+        found.append({"case": name, "parameters": told.student.parameters, "estimate": told.peak, "measured": peaks,
+                      "ratio": (told.peak or 0) / median})  # fmt: skip
+        row = found[-1]
+        print(f"{name:28} {row['parameters']:>12,}  estimated {(told.peak or 0) / 2**20:8.1f} MiB  measured "
+              f"{median / 2**20:8.1f} MiB ({min(peaks) / 2**20:.1f} to {max(peaks) / 2**20:.1f}, n={runs})  "
+              f"ratio {row['ratio']:.3f}", flush=True)  # fmt: skip
+    return found
+
+
+def tables() -> list[dict[str, Any]]:
+    """The real pairs."""
+    from evlecg.progress import ConsoleProgress
+
+    progress = ConsoleProgress()
+    progress.console.file = sys.stdout
+    found = []
+    for teacher, student, keys in REAL:
+        told = _estimate(teacher, student, 4, 96, ["train.dtype=bfloat16", "train.teacher_dtype=bfloat16", *keys])
+        progress.table(f"{teacher} -> {student}, bfloat16{''.join(f', {key}' for key in keys)}", *told.table())
+        if told.why_unknown:
+            print("not traced:", told.why_unknown)
+        found.append({"teacher": teacher, "student": student, "keys": keys, **told.to_dict()})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Estimated and measured memory.")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", choices=("real", "measured"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(measure(given.measure))
+        return
+    measured = compare(given.runs) if given.only != "real" else []
+    real = tables() if given.only != "measured" else []
+    save(given.json, {"measured": measured, "real": real})
+    far = [row["case"] for row in measured if abs(row["ratio"] - 1) > TOLERANCE]
+    print(f"within {TOLERANCE:.0%}: {'no: ' + ', '.join(far) if far else 'yes'}")
+    sys.exit(1 if far else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -307,12 +307,30 @@ def eval_(
     kind: Annotated[Kind, typer.Option(help="What the model reads and answers (auto: its config tells).")] = Kind.auto,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="likelihood (of labels) or ecgbench (answers in words; default where the data are ECGBench)."
+        ),
+    ] = None,
+    parser: Annotated[
+        str, typer.Option(help="How answers in words are read: pulse (as published) or strict.")
+    ] = "pulse",
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score these answers (jsonl, json or a folder) instead of asking a model.")
+    ] = None,
+    judged: Annotated[
+        Path | None, typer.Option(help="A judge's verdicts on reports and the arena, file or folder.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Where an answer in words is cut off.", min=1)] = 1024,
+    seed: Annotated[int, typer.Option(help="Of pulse's random letters (42: as published).")] = 42,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score a model by the likelihood of its answers: AUC per label with intervals over patients."""
+    """Score a model by the likelihood of its answers (AUC per label), or by its answers in words (ECGBench)."""
+    from evlecg.answering import TextProtocol
     from evlecg.disturbed import chosen_disturbances
     from evlecg.evaluate import evaluate
     from evlecg.pipeline import named_data
@@ -344,7 +362,7 @@ def eval_(
         raise EvlecgError("eval needs a dataset", where="--dataset", hint="evlecg eval --dataset NAME")
     disturbances = chosen_disturbances(robustness or "")
     data = named_data(dataset, progress=progress)
-    if model == "runs/latest" and not Path(model).exists():
+    if predictions is None and model == "runs/latest" and not Path(model).exists():
         raise EvlecgError("there is no run to score yet", where=model, hint="evlecg distill, or --model MODEL")
     if out is None:
         out = Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(dataset).name}-{split.value}"
@@ -352,14 +370,18 @@ def eval_(
         model, data=data, out=out, split=split.value, labels=only_labels, batch_size=batch_size,
         max_records=max_records, thresholds_from=thresholds_from, gates=gates, robustness=disturbances, cost=cost,
         kind=kind.value, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, overwrite=overwrite,
-        progress=progress,
+        protocol=protocol, text=TextProtocol(parser, predictions, judged, max_new_tokens, seed), progress=progress,
     )  # fmt: skip
     if junit is not None:
         write_junit(junit, report.gates, f"{model} on {report.dataset} ({report.split})")
     if as_json:
         _print_json(report.to_dict())
     else:
-        _print_comparison([(model, report)])
+        if report.text is not None:
+            title, columns, rows = report.text.tables()[0]
+            _print_table(f"{report.model} on {report.dataset}, {report.split}. {title}", columns, rows)
+        else:
+            _print_comparison([(model, report)])
         for gate in report.gates:
             typer.echo(f"{'met' if gate.met else 'NOT MET'}: {gate.name}: {gate.detail}")
         typer.echo(f"report: {out / 'report.html'}")
@@ -547,10 +569,6 @@ def _print_json(tree: dict[str, Any]) -> None:
 
 
 def _print_comparison(reports: list[tuple[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from evlecg.report import comparison_table
 
     first = reports[0][1]
@@ -558,6 +576,14 @@ def _print_comparison(reports: list[tuple[str, Any]]) -> None:
     if len(columns) > MOST_COLUMNS:
         columns, rows = columns[:2], [row[:2] for row in rows]
     title = f"{first.dataset}, {first.split}: {first.n_records} records, {first.n_patients} patients"
+    _print_table(title, columns, rows)
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, no_wrap=True)

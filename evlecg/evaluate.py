@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from evlecg.answering import TextProtocol, chosen_protocol, evaluate_text
 from evlecg.cost import measure_cost
 from evlecg.data.labels import labels_by_basis
 from evlecg.data.signal_facts import BAND_FORMULAS, BANDS, bands, signal_facts
@@ -83,9 +84,13 @@ def evaluate(
     robustness: tuple[str, ...] = (),
     cost: bool = False,
     overwrite: bool = False,
+    protocol: str | None = "likelihood",
+    text: TextProtocol | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Scores every assessed label of a split by the likelihood of "yes" against "no", and writes the report.
+
+    Under the protocol `ecgbench` the model answers the dataset's own questions in words instead (answering.py).
 
     Args:
         model: run folder, export folder, checkpoint folder, hub id or builtin:NAME.
@@ -108,6 +113,8 @@ def evaluate(
         robustness: names of `DISTURBANCES`: score again under each.
         cost: measure parameters, FLOPs, latency and memory.
         overwrite: replace what `out` holds.
+        protocol: `likelihood` or `ecgbench`; None: what the data and `text` call for.
+        text: how answers in words are made and read; None: the defaults.
         progress: who listens.
 
     Raises:
@@ -122,6 +129,16 @@ def evaluate(
     ):
         if value not in known:
             raise EvlecgError(f"unknown {where[2:]} {value!r}", where=where, hint=f"one of {', '.join(known)}")
+    indices = (range(len(prepared)) if split == "all" else prepared.indices(split).tolist())[:max_records]
+    text = text or TextProtocol()
+    if chosen_protocol(protocol, prepared, indices, text) == "ecgbench":
+        if gates != Gates() or robustness or cost:
+            raise EvlecgError("gates, --robustness and --cost are of likelihoods, not of answers in words",
+                              where="--protocol", hint="--protocol likelihood")  # fmt: skip
+        return evaluate_text(
+            model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
+            n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     trained = trained_with(Path(models.resolve(model)[0]))
     wording = question or trained.question
     known_labels = tuple(label for label in trained.labels if label in prepared.label_names)

@@ -106,7 +106,7 @@ def sections(report: Report) -> Iterator[Section]:
 def summary(report: Report) -> list[str]:
     """The first answer, then where it is worse; the first line is the headline."""
     if report.text:
-        return [line for line in report.text.summary() if line]
+        return [line.removeprefix("- ") for line in report.text.summary() if line]
     scored = f"{counted(report.n_records, 'record')} of {counted(report.n_patients, 'patient')}"
     measured = report.measured
     if measured is None or report.weakest is None:

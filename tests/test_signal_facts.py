@@ -37,6 +37,12 @@ def test_noise_is_the_part_of_the_noise_within_its_band() -> None:
     assert signal_facts(beats_mV(70), FS_HZ).noise_uV < 0.5, "the beats themselves are no noise"
 
 
+def test_fast_and_tall_beats_do_not_count_as_noise() -> None:
+    noise_mV_LT = beats_mV(200, noise_mV=0.005) - beats_mV(200)
+    expected = 5.0 * np.sqrt((100 - 30) / (FS_HZ / 2))
+    assert signal_facts(4 * beats_mV(200) + noise_mV_LT, FS_HZ).noise_uV == pytest.approx(expected, rel=0.15)
+
+
 def test_one_artefact_does_not_hide_the_beats() -> None:
     signal_mV_LT = beats_mV(72)
     signal_mV_LT[:, 2100:2110] += 20

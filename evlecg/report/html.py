@@ -12,6 +12,7 @@ from evlecg.report.data import Report
 from evlecg.report.measured import Measured
 from evlecg.report.sections import Section, Table, estimate_text, interval, number, sections, summary
 
+LONG, LONG_FIRST = 32, 20  # characters from which a cell is broken into lines; the first column stays in sight
 FOLDED = ("formulas", "provenance")  # long, and looked up rather than read
 
 STYLE = """
@@ -34,8 +35,9 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th { text-align: left; color: var(--dim); font-weight: 600; vertical-align: bottom; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); }
 td { vertical-align: top; white-space: nowrap; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; max-width: 45vw; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 td.text { white-space: normal; min-width: 12rem; max-width: 34rem; overflow-wrap: anywhere; }
+td.text:first-child { min-width: 8rem; max-width: 45vw; }
 td.num, th.num { text-align: right; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; display: block; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 16rem), 1fr)); gap: .75rem;
@@ -170,9 +172,9 @@ def _table(table: Table) -> list[str]:
     lines += ["</tr></thead>", "<tbody>"]
     for row in table.rows:
         cells = []
-        for text, right in zip(row, numeric, strict=True):
+        for place, (text, right) in enumerate(zip(row, numeric, strict=True)):
             kind = "num" if right else "bad" if text == "NOT MET" else "good" if text == "met" else ""
-            kind = kind or ("text" if len(text) > 32 else "")
+            kind = kind or ("text" if len(text) > (LONG if place else LONG_FIRST) else "")
             cells.append(f"<td{f' class={kind}' if kind else ''}>{escape(text)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return [*lines, "</tbody>", "</table></div>"]

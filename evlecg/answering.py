@@ -16,7 +16,6 @@ from evlecg.data.dialogues import split_options
 from evlecg.data.store import Prepared
 from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import kept_folder, new_folder, write_text_atomic
-from evlecg.metrics import AucResult, MacroAuc
 from evlecg.models import load as models
 from evlecg.models.encode import Turn
 from evlecg.models.trained import trained_with
@@ -266,7 +265,7 @@ def _written(
                 log.add(asked, reply.text, model=reply.model or name, source=reply.where)
     lines = [json.dumps(read.to_dict()) + "\n" for read in scores.reads]
     write_text_atomic(folder / PARSED, "".join(lines))
-    report = _report(name, prepared, split, scores, text, n_boot, left_out, provenance)
+    report = _report(name, prepared, split, scores, text, left_out, provenance)
     write_report(report, folder)
     return report
 
@@ -276,7 +275,7 @@ def _is_open(item: Item) -> bool:
 
 
 def _report(
-    name: str, prepared: Prepared, split: str, scores: TextScores, text: TextProtocol, n_boot: int,
+    name: str, prepared: Prepared, split: str, scores: TextScores, text: TextProtocol,
     left_out: Mapping[str, str], provenance: Mapping[str, Any],
 ) -> Report:  # fmt: skip
     reads = scores.reads
@@ -286,8 +285,7 @@ def _report(
         split=split,
         n_records=len({read.item.record_id for read in reads}),
         n_patients=len({read.item.patient_id for read in reads}),
-        labels=(),
-        auc=AucResult(MacroAuc(None, None), (), n_boot, 0),
+        measured=None,
         left_out=left_out,
         score_source="text",
         text=scores,

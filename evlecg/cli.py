@@ -20,6 +20,9 @@ from evlecg import __version__
 from evlecg.errors import EvlecgError
 from evlecg.progress import ConsoleProgress, Progress
 
+GATE_NOT_MET = 3
+MOST_COLUMNS = 12  # of a table in a terminal; with more labels their numbers stand in the report alone
+
 app = typer.Typer(
     name="evlecg",
     no_args_is_help=True,
@@ -264,16 +267,43 @@ def _run_study(name: str, out: Path | None, workers: int, as_json: bool, progres
 @app.command(
     name="eval",
     epilog="Examples: evlecg eval --dataset ptbxl (newest run) · "
-    "evlecg eval --model owner/name --dataset data/ludb --split all --out reports/ludb",
+    "evlecg eval --model owner/name --dataset data/ludb --split all --out reports/ludb · "
+    "evlecg eval --dataset ptbxl --min-auc 0.9 --min-label-auc AFIB=0.95 --max-drop-vs reports/last --junit gates.xml "
+    "(exit code 3 where a gate is not met) · "
+    "evlecg eval --compare runs/distilled runs/sft owner/teacher --dataset ptbxl",
 )
 def eval_(
-    dataset: Annotated[str, typer.Option(help="Dataset name (./data/NAME or $EVLECG_DATA/NAME) or prepared folder.")],
+    compared: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="With --compare: models or report folders.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Dataset name (./data/NAME or $EVLECG_DATA/NAME) or prepared folder.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Run, export, checkpoint, hub id or builtin:NAME.")] = "runs/latest",
     split: Annotated[Split, typer.Option(help="What to score.")] = Split.test,
     out: Annotated[Path | None, typer.Option(help="Report folder (default: reports/TIME-DATASET-SPLIT).")] = None,
     labels: Annotated[str | None, typer.Option(help="Label codes to score, comma-separated (default: all).")] = None,
     batch_size: Annotated[int, typer.Option(help="Records a forward pass.", min=1)] = 16,
     max_records: Annotated[int | None, typer.Option(help="Score the first N records only.", min=1)] = None,
+    thresholds_from: Annotated[
+        str, typer.Option(help="val (score validation too, choose thresholds and a temperature on it) or none.")
+    ] = "val",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The models named as arguments on the same records, paired.")
+    ] = False,
+    min_auc: Annotated[float | None, typer.Option(help="Gate: least macro AUROC.")] = None,
+    min_label_auc: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL=AUROC", help="Gate: least AUROC of a label, repeatable.")
+    ] = None,
+    max_drop_vs: Annotated[
+        Path | None, typer.Option(help="Gate: report folder that macro AUROC may not fall behind, same records.")
+    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="How far it may (default: 0.01).")] = None,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML of the gates.")] = None,
+    robustness: Annotated[
+        str | None, typer.Option(help="Score again under noise, lead-loss, layout, photo (comma-separated).")
+    ] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="Measure FLOPs, latency and memory of one record.")] = False,
     kind: Annotated[Kind, typer.Option(help="What the model reads and answers (auto: its config tells).")] = Kind.auto,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -301,29 +331,112 @@ def eval_(
 ) -> None:
     """Score a model by the likelihood of its answers (AUC per label), or by its answers in words (ECGBench)."""
     from evlecg.answering import TextProtocol
+    from evlecg.disturbed import chosen_disturbances
     from evlecg.evaluate import evaluate
     from evlecg.pipeline import named_data
+    from evlecg.report import Gates, write_junit
 
     progress = _progress(quiet, verbose)
+    only_labels = tuple(labels.split(",")) if labels else ()
+    if compared and not compare:
+        raise EvlecgError(f"{compared[0]!r} is not an option", where="eval",
+                          hint="--model MODEL scores one model, --compare A B several")  # fmt: skip
+    gates = Gates(min_auc, _least_aucs(min_label_auc or []), max_drop_vs,
+                  **({} if max_drop is None else {"max_drop": max_drop}))  # fmt: skip
+    asked = min_auc is not None or bool(min_label_auc) or max_drop_vs is not None
+    for given, needs in ((junit is not None and not asked, "--junit"), (max_drop is not None and not max_drop_vs,
+                         "--max-drop")):  # fmt: skip
+        if given:
+            hint = "--max-drop-vs REPORT" if needs == "--max-drop" else "--min-auc, --min-label-auc or --max-drop-vs"
+            raise EvlecgError(f"{needs} needs a gate", where=needs, hint=hint)
+    if compare and (asked or robustness or cost):
+        raise EvlecgError("gates, --robustness and --cost are of one model", where="--compare",
+                          hint="score each model by itself, then compare the report folders")  # fmt: skip
+    if compare:
+        return _compare(
+            compared or [], dataset, out, as_json, overwrite, progress, split=split.value, labels=only_labels,
+            batch_size=batch_size, max_records=max_records, thresholds_from=thresholds_from, kind=kind.value,
+            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        )  # fmt: skip
+    if dataset is None:
+        raise EvlecgError("eval needs a dataset", where="--dataset", hint="evlecg eval --dataset NAME")
+    disturbances = chosen_disturbances(robustness or "")
     data = named_data(dataset, progress=progress)
     if predictions is None and model == "runs/latest" and not Path(model).exists():
         raise EvlecgError("there is no run to score yet", where=model, hint="evlecg distill, or --model MODEL")
     if out is None:
         out = Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(dataset).name}-{split.value}"
     report = evaluate(
-        model, data=data, out=out, split=split.value, labels=tuple(labels.split(",")) if labels else (),
-        batch_size=batch_size, max_records=max_records, kind=kind.value, trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle, overwrite=overwrite, protocol=protocol,
-        text=TextProtocol(parser, predictions, judged, max_new_tokens, seed), progress=progress,
+        model, data=data, out=out, split=split.value, labels=only_labels, batch_size=batch_size,
+        max_records=max_records, thresholds_from=thresholds_from, gates=gates, robustness=disturbances, cost=cost,
+        kind=kind.value, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, overwrite=overwrite,
+        protocol=protocol, text=TextProtocol(parser, predictions, judged, max_new_tokens, seed), progress=progress,
     )  # fmt: skip
+    if junit is not None:
+        write_junit(junit, report.gates, f"{model} on {report.dataset} ({report.split})")
     if as_json:
-        return _print_json(report.to_dict())
-    if report.text is not None:
-        title, columns, rows = report.text.tables()[0]
-        _print_table(f"{report.model} on {report.dataset}, {report.split}. {title}", columns, rows)
+        _print_json(report.to_dict())
     else:
-        _print_comparison([(model, report)])
-    typer.echo(f"report: {out / 'report.md'}")
+        if report.text is not None:
+            title, columns, rows = report.text.tables()[0]
+            _print_table(f"{report.model} on {report.dataset}, {report.split}. {title}", columns, rows)
+        else:
+            _print_comparison([(model, report)])
+        for gate in report.gates:
+            typer.echo(f"{'met' if gate.met else 'NOT MET'}: {gate.name}: {gate.detail}")
+        typer.echo(f"report: {out / 'report.html'}")
+    if not report.gates_met:
+        raise typer.Exit(GATE_NOT_MET)
+
+
+def _compare(
+    named: list[str], dataset: str | None, out: Path | None, as_json: bool, overwrite: bool, progress: Progress,
+    **scoring: Any,
+) -> None:  # fmt: skip
+    """Scores those that are not reports yet, then all against each other."""
+    from evlecg.evaluate import compare_reports, evaluate, is_report
+    from evlecg.pipeline import named_data
+
+    if len(set(named)) < 2:
+        raise EvlecgError("a comparison needs two models or more", where="--compare",
+                          hint="evlecg eval --compare A B --dataset NAME")  # fmt: skip
+    to_score = [name for name in named if not is_report(Path(name))]
+    if to_score and dataset is None:
+        raise EvlecgError(f"{to_score[0]} is not a report folder, hence is to be scored", where="--dataset",
+                          hint="evlecg eval --compare A B --dataset NAME")  # fmt: skip
+    out = out or Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-compared"
+    short = {name: Path(name).name for name in named}
+    if len(set(short.values())) < len(short):
+        short = {name: name for name in named}
+    folders = {}
+    for place, name in enumerate(dict.fromkeys(named)):
+        folders[short[name]] = Path(name)
+        if name in to_score:
+            assert dataset is not None
+            folders[short[name]] = out.with_name(f"{out.name}-{place + 1}-{Path(name).name.replace(':', '-')}")
+            evaluate(
+                name, data=named_data(dataset, progress=progress), out=folders[short[name]], overwrite=overwrite,
+                progress=progress, **scoring,
+            )  # fmt: skip
+    found = compare_reports(folders, out=out, overwrite=overwrite)
+    if as_json:
+        return _print_json(found.to_dict())
+    typer.echo((out / "comparison.md").read_text(encoding="utf-8"))
+    typer.echo(f"comparison: {out / 'comparison.html'}")
+
+
+def _least_aucs(pairs: list[str]) -> dict[str, float]:
+    """`AF=0.9` -> label and bound."""
+    bounds = {}
+    for pair in pairs:
+        label, _, least = pair.partition("=")
+        try:
+            bounds[label] = float(least)
+        except ValueError:
+            label = ""
+        if not label:
+            raise EvlecgError("--min-label-auc needs LABEL=AUROC", where=pair, hint="for example AFIB=0.9")
+    return bounds
 
 
 @app.command(epilog="Example: evlecg export runs/latest --out student")
@@ -460,6 +573,8 @@ def _print_comparison(reports: list[tuple[str, Any]]) -> None:
 
     first = reports[0][1]
     columns, rows = comparison_table(reports)
+    if len(columns) > MOST_COLUMNS:
+        columns, rows = columns[:2], [row[:2] for row in rows]
     title = f"{first.dataset}, {first.split}: {first.n_records} records, {first.n_patients} patients"
     _print_table(title, columns, rows)
 

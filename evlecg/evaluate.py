@@ -1,28 +1,64 @@
-"""Model and prepared folder -> predictions -> report."""
+"""Model and prepared folder -> predictions -> report; and models against each other on the same records.
+
+OUT/predictions.jsonl       one line for each label of each record, as it was scored
+OUT/predictions_val.jsonl   the same of the validation split, on which thresholds and temperature are chosen
+OUT/report.json, .md, .html
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 
 from evlecg.answering import TextProtocol, chosen_protocol, evaluate_text
+from evlecg.cost import measure_cost
+from evlecg.data.labels import labels_by_basis
+from evlecg.data.signal_facts import BAND_FORMULAS, BANDS, bands, signal_facts
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import chosen_labels, label_samples
+from evlecg.disturbed import DISTURBANCES, DisturbedPages, check_disturbances
 from evlecg.errors import EvlecgError
 from evlecg.files import new_folder
-from evlecg.metrics import N_BOOT, Difference, bootstrap_auc, paired_difference
+from evlecg.metrics import AUROC, N_BOOT, Difference, Scored, compare
 from evlecg.models import load as models
+from evlecg.models.batch import draw
 from evlecg.models.trained import trained_with
-from evlecg.page.render import page_style
+from evlecg.page.render import PageStyle, page_style
 from evlecg.progress import Progress
 from evlecg.recipe import DataConfig, PageConfig, SignalConfig
-from evlecg.report import Report, environment, write_report
+from evlecg.report import (
+    Gates,
+    ModelComparison,
+    Report,
+    Robustness,
+    WorstRecord,
+    check_gates,
+    compare_models,
+    environment,
+    measure,
+    on_shared,
+    worst_records,
+    write_comparison,
+    write_report,
+)
+from evlecg.schema import Sample
+
+if TYPE_CHECKING:
+    from evlecg.models.score import Scorer
 
 SPLIT_NAMES = ("train", "val", "test", "all")
+THRESHOLDS_FROM = ("val", "none")
+PREDICTIONS, VALIDATION = "predictions.jsonl", "predictions_val.jsonl"
+N_WORST = 6  # records whose pages are drawn
+WORST_PAGE_PX = (1100, 850)  # letters are still read
 
 
 def evaluate(
@@ -43,6 +79,10 @@ def evaluate(
     allow_pickle: bool = False,
     n_boot: int = N_BOOT,
     max_records: int | None = None,
+    thresholds_from: str = "val",
+    gates: Gates | None = None,
+    robustness: tuple[str, ...] = (),
+    cost: bool = False,
     overwrite: bool = False,
     protocol: str | None = "likelihood",
     text: TextProtocol | None = None,
@@ -55,7 +95,7 @@ def evaluate(
     Args:
         model: run folder, export folder, checkpoint folder, hub id or builtin:NAME.
         data: prepared folder.
-        out: folder for report.json, report.md and predictions.jsonl; appears whole or not at all.
+        out: folder for the report and its predictions; appears whole or not at all.
         split: train, val, test or all.
         labels: codes to score; empty: those it was trained on that the folder assessed, else all of the folder's.
         question: wording; None: the one that the model was trained with, else the default.
@@ -66,42 +106,102 @@ def evaluate(
         dtype, bits: as for `models.load.load`.
         trust_remote_code, allow_pickle: as for `models.load.inspect`.
         n_boot: bootstrap resamples over patients.
-        max_records: score the first N records of the split only.
+        max_records: score the first N records of the split only (and of validation).
+        thresholds_from: val: score the validation split too, and choose thresholds and a temperature on it; it is
+            passed over where there is none, and where its records are in `split`. none: do not.
+        gates: what the report has to reach; the results stand in it.
+        robustness: names of `DISTURBANCES`: score again under each.
+        cost: measure parameters, FLOPs, latency and memory.
         overwrite: replace what `out` holds.
         protocol: `likelihood` or `ecgbench`; None: what the data and `text` call for.
         text: how answers in words are made and read; None: the defaults.
         progress: who listens.
+
+    Raises:
+        EvlecgError: unknown names, nothing to score, or a gate that cannot be formed from what is scored.
     """
     progress = progress or Progress()
+    gates = gates or Gates()
     prepared = Prepared.open(data)
-    if split not in SPLIT_NAMES:
-        raise EvlecgError(f"unknown split {split!r}", where="--split", hint=f"one of {', '.join(SPLIT_NAMES)}")
+    for value, known, where in (
+        (split, SPLIT_NAMES, "--split"),
+        (thresholds_from, THRESHOLDS_FROM, "--thresholds-from"),
+    ):
+        if value not in known:
+            raise EvlecgError(f"unknown {where[2:]} {value!r}", where=where, hint=f"one of {', '.join(known)}")
     indices = (range(len(prepared)) if split == "all" else prepared.indices(split).tolist())[:max_records]
     text = text or TextProtocol()
     if chosen_protocol(protocol, prepared, indices, text) == "ecgbench":
+        if gates != Gates() or robustness or cost:
+            raise EvlecgError("gates, --robustness and --cost are of likelihoods, not of answers in words",
+                              where="--protocol", hint="--protocol likelihood")  # fmt: skip
         return evaluate_text(
             model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
             n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress,
         )  # fmt: skip
     trained = trained_with(Path(models.resolve(model)[0]))
     wording = question or trained.question
-    known = tuple(label for label in trained.labels if label in prepared.label_names)
+    known_labels = tuple(label for label in trained.labels if label in prepared.label_names)
     checkpoint = models.inspect(model, kind=kind, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    names = chosen_labels(prepared, DataConfig(labels=labels or known, question=wording))
+    names = chosen_labels(prepared, DataConfig(labels=labels or known_labels, question=wording))
     if checkpoint.kind != "text":
         names = _names_in_head(checkpoint, names, explicit=bool(labels))
-    samples = label_samples(prepared, indices, names, wording)
+    for label in gates.min_label_auc:
+        if label not in names:
+            raise EvlecgError(f"the gate's label {label!r} is not scored", where="--min-label-auc",
+                              hint=f"one of {', '.join(names)}")  # fmt: skip
+    older = read_scored(gates.max_drop_vs) if gates.max_drop_vs is not None else None
+    samples = _samples(prepared, split, max_records, names, wording)
     if not samples:
         raise EvlecgError(f"the split {split!r} has no record with an assessed label", where=data,
                           hint="--split all, or prepare more records")  # fmt: skip
+    chosen_on, why_not = [], "--thresholds-from none"
+    if thresholds_from == "val":
+        why_not = f"the split {split!r} holds the validation records"
+        if split in ("train", "test"):
+            chosen_on, why_not = _samples(prepared, "val", max_records, names, wording), "there is no validation split"
 
     from evlecg.models.checks import check_samples  # torch loads here
 
-    check_samples(checkpoint, prepared, samples)
+    check_samples(checkpoint, prepared, [*samples, *chosen_on])
+    check_disturbances(checkpoint.kind, robustness)
     with new_folder(out, overwrite) as folder:
         loaded = models.load(checkpoint, dtype=dtype, bits=bits, signal=signal)
-        packing = _predict(loaded, prepared, samples, page or trained.page, batch_size, folder, progress, model)
-        report = _report(model, prepared, split, names, folder, n_boot, wording, packing, loaded)
+        page = page or trained.page
+        scorer = _scorer(loaded, prepared, page, samples)
+        _predict(scorer, samples, batch_size, folder / PREDICTIONS, progress, f"score {model}")
+        scored = read_scored(folder, names)
+        validation = None
+        if chosen_on:
+            _predict(scorer, chosen_on, batch_size, folder / VALIDATION, progress, f"score {model} on validation")
+            validation = read_scored(folder, names, VALIDATION)
+        style = page_style(page)
+        group_N, about = _groups(prepared, samples)
+        measured = measure(
+            scored, validation, groups=group_N, group_orders=BANDS, label_groups=labels_by_basis(names),
+            no_validation=why_not, n_boot=n_boot,
+        )  # fmt: skip
+        drop = None
+        if older is not None:
+            drop = _difference(older, scored, n_boot)
+        report = Report(
+            model=model,
+            dataset=str(prepared.manifest["dataset"]),
+            split=split,
+            n_records=len(scored.patient_ids),
+            n_patients=len(set(scored.patient_ids)),
+            measured=measured,
+            left_out=_left_out(prepared),
+            descriptions=prepared.label_descriptions,
+            provenance=_provenance(loaded, prepared, wording, scorer),
+            worst=_worst(scored, prepared, samples, style, about),
+            group_formulas={name: BAND_FORMULAS[name] for name in group_N if name in BAND_FORMULAS},
+            robustness=_robustness(scorer, samples, scored, robustness, batch_size, style, n_boot, progress)
+            if robustness
+            else None,
+            cost=measure_cost(loaded, scorer, samples) if cost else None,
+            gates=check_gates(gates, measured.auroc, drop),
+        )
         write_report(report, folder)
     return report
 
@@ -121,11 +221,14 @@ def _names_in_head(checkpoint: models.Checkpoint, names: tuple[str, ...], *, exp
     return found
 
 
-def _predict(
-    loaded: models.Loaded, prepared: Prepared, samples: list, page: PageConfig, batch_size: int, folder: Path,
-    progress: Progress, name: str,
-) -> str:  # fmt: skip
-    """Streams every prediction to predictions.jsonl as it comes; returns how the questions were read."""
+def _samples(
+    prepared: Prepared, split: str, max_records: int | None, names: Sequence[str], wording: str
+) -> list[Sample]:
+    indices = range(len(prepared)) if split == "all" else prepared.indices(split).tolist()
+    return label_samples(prepared, indices[:max_records], names, wording)
+
+
+def _scorer(loaded: models.Loaded, prepared: Prepared, page: PageConfig, samples: Sequence[Sample]) -> Scorer:
     import torch
 
     from evlecg.models.score import Scorer
@@ -135,45 +238,41 @@ def _predict(
     size = page.student_size
     scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
     scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))
+    return scorer
+
+
+def _predict(
+    scorer: Scorer, samples: Sequence[Sample], batch_size: int, path: Path | None, progress: Progress, told: str
+) -> dict[tuple[str, str], float]:
+    """Scores by (record, label); every prediction is streamed to `path`, where there is one, as it comes."""
+    found = {}
     with (
-        (folder / "predictions.jsonl").open("w", encoding="utf-8") as stream,
-        progress.task(f"score {name}", len(samples)) as advance,
+        path.open("w", encoding="utf-8") if path is not None else nullcontext() as stream,
+        progress.task(told, len(samples)) as advance,
     ):
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             for prediction in scorer.score(batch):
-                stream.write(json.dumps(dataclasses.asdict(prediction)) + "\n")
+                found[prediction.record_id, prediction.label] = prediction.score
+                if stream is not None:
+                    stream.write(json.dumps(dataclasses.asdict(prediction)) + "\n")
             advance(len(batch))
-    return "in one row a page" if scorer.packed else f"one row a question ({scorer.packing_note})"
+    return found
 
 
-def _report(
-    model: str, prepared: Prepared, split: str, names: tuple[str, ...], folder: Path, n_boot: int, question: str,
-    packing: str, loaded: models.Loaded,
-) -> Report:  # fmt: skip
-    _, score_NK, truth_NK, patients = read_scores(folder, names)
-    return Report(
-        model=model,
-        dataset=str(prepared.manifest["dataset"]),
-        split=split,
-        n_records=len(patients),
-        n_patients=len(set(patients)),
-        labels=names,
-        left_out=_left_out(prepared),
-        auc=bootstrap_auc(score_NK, truth_NK, patients, n_boot=n_boot, seed=0),
-        provenance={
-            "model": {
-                "family": loaded.checkpoint.model_type,
-                "kind": loaded.checkpoint.kind,
-                "parameters": loaded.n_parameters,
-                "weights_sha256": models.weights_hash(loaded.checkpoint),
-            },
-            "data_fingerprint": prepared.fingerprint,
-            "question": question,
-            "questions_read": packing,
-            "environment": environment(),
+def _provenance(loaded: models.Loaded, prepared: Prepared, question: str, scorer: Scorer) -> dict[str, object]:
+    return {
+        "model": {
+            "family": loaded.checkpoint.model_type,
+            "kind": loaded.checkpoint.kind,
+            "parameters": loaded.n_parameters,
+            "weights_sha256": models.weights_hash(loaded.checkpoint),
         },
-    )
+        "data_fingerprint": prepared.fingerprint,
+        "question": question,
+        "questions_read": "in one row a page" if scorer.packed else f"one row a question ({scorer.packing_note})",
+        "environment": environment(),
+    }
 
 
 def _left_out(prepared: Prepared) -> dict[str, str]:
@@ -182,33 +281,147 @@ def _left_out(prepared: Prepared) -> dict[str, str]:
     return {f"{count} records of the source": reason for reason, count in reasons.most_common()}
 
 
-def read_scores(folder: Path, labels: tuple[str, ...]) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
-    """A report's predictions as arrays: record ids, score_NK, truth_NK (NaN where not assessed), patient ids."""
-    path = folder / "predictions.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    patients = {row["record_id"]: row["patient_id"] for row in rows}
-    place = {record: index for index, record in enumerate(patients)}
-    column = {label: index for index, label in enumerate(labels)}
-    score_NK = np.full((len(place), len(column)), np.nan)
-    truth_NK = np.full((len(place), len(column)), np.nan)
-    for row in rows:
-        where = place[row["record_id"]], column[row["label"]]
-        score_NK[where], truth_NK[where] = row["score"], row["truth"]
-    return list(place), score_NK, truth_NK, list(patients.values())
+def _groups(prepared: Prepared, samples: Sequence[Sample]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """What records are grouped by -> the group of every sample; record id -> what is known of it in words.
+
+    A kind of group that is known of no record is left out.
+    """
+    rows = []
+    about = {}
+    for sample in samples:
+        record = prepared.record(sample.record_index)
+        facts = signal_facts(record.signal_mV, record.fs_hz)
+        rows.append(bands(facts, {"sex": record.sex, "age": record.age, "device": record.device}))
+        rate, noise_uV = facts.heart_rate_bpm, facts.noise_uV
+        known = [
+            "" if record.age is None else f"{record.age:.0f} years",
+            record.sex or "",
+            "" if rate is None else f"{rate:.0f}/min",
+            "" if noise_uV is None else f"noise {noise_uV:.1f} µV",
+        ]
+        about[sample.record_id] = ", ".join(part for part in known if part)
+    grouped = {name: [row[name] for row in rows] for name in BANDS}
+    return {name: group_N for name, group_N in grouped.items() if any(group_N)}, about
+
+
+def _worst(
+    scored: Scored, prepared: Prepared, samples: Sequence[Sample], style: PageStyle, about: Mapping[str, str]
+) -> tuple[WorstRecord, ...]:
+    """The worst records with their pages, drawn as the model's are but large enough for a reader."""
+    place = {sample.record_id: sample.record_index for sample in samples}
+    worst = []
+    for record in worst_records(scored, N_WORST):
+        pixels = draw(prepared, place[record.record_id], WORST_PAGE_PX, style).pixels
+        done, png = cv2.imencode(".png", pixels[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        assert done
+        worst.append(dataclasses.replace(record, about=about[record.record_id], page_png=png.tobytes()))
+    return tuple(worst)
+
+
+def _robustness(
+    scorer: Scorer, samples: Sequence[Sample], clean: Scored, names: Sequence[str], batch_size: int, style: PageStyle,
+    n_boot: int, progress: Progress,
+) -> Robustness:  # fmt: skip
+    """The same records under every disturbance, each against the clean pages."""
+    prepared, scored = scorer.prepared, {"clean": clean}
+    try:
+        for name in names:
+            scorer.prepared = DisturbedPages(prepared, name, style, scorer.view)
+            found = _predict(scorer, samples, batch_size, None, progress, f"score under {name}")
+            value_NK = np.array([[found.get((record, label), np.nan) for label in clean.labels]
+                                 for record in clean.record_ids])  # fmt: skip
+            scored[name] = clean.replaced(value_NK=value_NK)
+    finally:
+        scorer.prepared = prepared
+    return Robustness(
+        compare(AUROC, scored, baseline="clean", n_boot=n_boot), {name: DISTURBANCES[name].told for name in names}
+    )
+
+
+def read_scored(folder: Path, labels: Sequence[str] | None = None, name: str = PREDICTIONS) -> Scored:
+    """A report's predictions.
+
+    Args:
+        folder: report folder.
+        labels: columns; None: as they come.
+        name: `PREDICTIONS` or `VALIDATION`.
+
+    Raises:
+        EvlecgError: there are none, or they are damaged.
+    """
+    path = folder / name
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        patients = {row["record_id"]: row["patient_id"] for row in rows}
+        place = {record: index for index, record in enumerate(patients)}
+        names = tuple(dict.fromkeys(row["label"] for row in rows)) if labels is None else tuple(labels)
+        column = {label: index for index, label in enumerate(names)}
+        score_NK = np.full((len(place), len(column)), np.nan)
+        truth_NK = np.full((len(place), len(column)), np.nan)
+        for row in rows:
+            where = place[row["record_id"]], column[row["label"]]
+            score_NK[where], truth_NK[where] = row["score"], row["truth"]
+    except OSError as error:
+        raise EvlecgError("not a report folder with predictions", where=folder,
+                          hint="a folder that evlecg eval wrote") from error  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvlecgError("predictions are damaged", where=path, hint="score the model again") from error
+    return Scored(score_NK, truth_NK, list(patients.values()), names, list(patients))
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder holds a report's predictions."""
+    return (folder / PREDICTIONS).is_file() and (folder / "report.json").is_file()
 
 
 def paired(report_a: Path, report_b: Path, *, n_boot: int = N_BOOT) -> Difference:
-    """Macro AUC of report A minus report B on the same records, with interval and p.
+    """Macro AUROC of report A minus report B on the records and labels of both, with interval and p.
 
     Raises:
-        EvlecgError: the two reports scored different records or labels.
+        EvlecgError: they share none, or a truth differs.
     """
-    labels = [tuple(json.loads((folder / "report.json").read_text())["metrics"]["auc"]["labels"])
-              for folder in (report_a, report_b)]  # fmt: skip
-    ids_a, score_a, truth_NK, patients = read_scores(report_a, labels[0])
-    ids_b, score_b, _, _ = read_scores(report_b, labels[1])
-    if labels[0] != labels[1] or set(ids_a) != set(ids_b):
-        raise EvlecgError("two reports on different records or labels cannot be compared", where=report_b)
-    order = {record: index for index, record in enumerate(ids_b)}
-    score_b = score_b[[order[record] for record in ids_a]]
-    return paired_difference(score_a, score_b, truth_NK, patients, n_boot=n_boot, seed=0)
+    return _difference(read_scored(report_a), read_scored(report_b), n_boot)
+
+
+def _difference(a: Scored, b: Scored, n_boot: int) -> Difference:
+    shared, _ = on_shared({"a": a, "b": b})
+    return compare(AUROC, shared, n_boot=n_boot).pairs[0].headline
+
+
+def compare_reports(
+    named: Mapping[str, Path], *, out: Path, n_boot: int = N_BOOT, overwrite: bool = False
+) -> ModelComparison:
+    """Reports on the same records, every two of them, the earlier minus the later; writes comparison.{json,md,html}.
+
+    Args:
+        named: name -> report folder.
+        out: folder to write.
+        n_boot: bootstrap resamples over patients.
+        overwrite: replace what `out` holds.
+
+    Raises:
+        EvlecgError: fewer than two, a folder without predictions, no shared record, or truths that differ.
+    """
+    if len(named) < 2:
+        raise EvlecgError("a comparison needs two models or more", where="--compare")
+    scored = {name: read_scored(folder) for name, folder in named.items()}
+    labels = next(iter(on_shared(scored)[0].values())).labels
+    validation = None
+    if all((folder / VALIDATION).is_file() for folder in named.values()):
+        validation = {name: read_scored(folder, name=VALIDATION) for name, folder in named.items()}
+        validation = {name: _columns(found, labels) for name, found in validation.items()}
+    found = compare_models(scored, validation, label_groups=labels_by_basis(labels), n_boot=n_boot)
+    with new_folder(out, overwrite) as folder:
+        write_comparison(found, folder, " against ".join(named))
+    return found
+
+
+def _columns(scored: Scored, labels: Sequence[str]) -> Scored:
+    """Some of the labels; one that nobody assessed is a column without truths."""
+    shape = len(scored.patient_ids), len(labels)
+    value_NK, truth_NK = np.full(shape, np.nan), np.full(shape, np.nan)
+    for k, label in enumerate(labels):
+        if label in scored.labels:
+            column = scored.labels.index(label)
+            value_NK[:, k], truth_NK[:, k] = scored.value_NK[:, column], scored.truth_NK[:, column]
+    return Scored(value_NK, truth_NK, scored.patient_ids, tuple(labels), scored.record_ids)

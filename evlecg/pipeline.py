@@ -18,7 +18,7 @@ from evlecg.data.store import Prepared, is_prepared, read_manifest
 from evlecg.data.tasks import chosen_labels
 from evlecg.distill import DryRun, RunResult, distill, rehearse
 from evlecg.errors import EvlecgError
-from evlecg.evaluate import evaluate, paired
+from evlecg.evaluate import compare_reports, evaluate, paired
 from evlecg.export import ExportResult, export
 from evlecg.files import write_text_atomic
 from evlecg.metrics import Difference
@@ -56,7 +56,7 @@ class LineResult:
             "steps": self.run.steps,
             "seconds": self.run.seconds,
             **comparison_dict(self.reports),
-            "distilled_minus_sft": dataclasses.asdict(self.gain) if self.gain else None,
+            "distilled_minus_sft": self.gain.to_dict() if self.gain else None,
             "export": self.exported.to_dict() if self.exported else None,
         }
 
@@ -125,8 +125,11 @@ def run_line(
                 trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle, **as_teacher,
             )  # fmt: skip
             reports.append((role, report))
-        if {"SFT-only", "distilled"} <= {role for role, _ in reports}:
-            gain = paired(out / "report" / "distilled", out / "report" / "SFT-only")
+        if len(reports) > 1:
+            folders = {role: out / "report" / role for role, _ in reversed(reports)}  # distilled minus the others
+            compare_reports(folders, out=out / "report" / "paired", overwrite=True)
+            if {"SFT-only", "distilled"} <= set(folders):  # by themselves: a teacher may know fewer labels
+                gain = paired(folders["distilled"], folders["SFT-only"])
         about = f"{reports[0][1].dataset} ({finish.eval_split}), {reports[0][1].n_records} records\n\n"
         write_text_atomic(out / "report" / "comparison.md", about + comparison_markdown(reports))
     exported = None

@@ -74,7 +74,7 @@ def test_version(evlecg):
         (["eval", "--dataset", "nothing"], "no dataset and no prepared folder"),
         (["eval", "--dataset", "empty"], "no dataset and no prepared folder"),
         (["export", "missing", "--out", "x"], "no finished run"),
-        (["eval"], "Missing option"),
+        (["eval"], "eval needs a dataset"),
         (["evaluate"], "No such command"),
     ],
 )  # fmt: skip

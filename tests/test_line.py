@@ -45,10 +45,16 @@ def test_recorded_ecgs_go_the_whole_way(
                      "--out", "runs/first", "--set", "finish.control=true")  # fmt: skip
     assert distilled["data"] == f"data/{dataset}"
     assert [model["name"] for model in distilled["models"]] == ["teacher", "SFT-only", "distilled"]
+    compared = json.loads(Path("runs/first/report/paired/comparison.json").read_text())["auroc"]["pairs"]
+    assert [(pair["a"], pair["b"]) for pair in compared] == [
+        ("distilled", "SFT-only"), ("distilled", "teacher"), ("SFT-only", "teacher"),
+    ]  # fmt: skip
+    assert distilled["distilled_minus_sft"]["value"] == compared[0]["overall"]["macro"]["value"]
     assert distilled["distilled_minus_sft"]["value"] is not None
     assert Path("runs/latest").resolve() == Path("runs/first").resolve()
     for name in ("recipe.yaml", "metrics.jsonl", "student/config.json", "checkpoints", "report/comparison.md",
-                 "control/student/config.json", "export/model.safetensors"):  # fmt: skip
+                 "control/student/config.json", "export/model.safetensors", "report/distilled/report.html",
+                 "report/paired/comparison.html"):  # fmt: skip
         assert (Path("runs/first") / name).exists(), name
 
     # the model is not named: it is the newest run; the dataset's name means ./data/NAME

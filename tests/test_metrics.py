@@ -28,13 +28,11 @@ from evlecg.metrics import (
     SPECIFICITY,
     Metric,
     Scored,
-    bootstrap_auc,
     ece,
     estimate,
     f1,
     in_sample_sensitivity_at,
     in_sample_specificity_at,
-    paired_difference,
     resampling,
 )
 from evlecg.metrics.resampling import observed, resample_patients, resampled
@@ -479,22 +477,6 @@ def test_sums_of_many_records_stay_exact() -> None:
         resampled({"": Spy()}, scored.n_patients, most_records, n_boot=3, seed=0)
     assert seen == [np.float32, np.float64]
     assert_allclose(observed(statistic, scored.n_patients).label_RK[0], naive(CASES["auroc"][1], scored))
-
-
-def test_the_reports_auc_is_the_same_number() -> None:
-    scored, other = make(n=90), make(n=90, noise_seed=7)
-    result = bootstrap_auc(scored.value_NK, scored.truth_NK, scored.patient_ids, n_boot=60, seed=4)
-    found = estimate(AUROC, scored, n_boot=60, seed=4)
-    assert (result.macro.value, result.macro.ci95) == (found.headline.value, found.headline.ci95)
-    for mine, label in zip(result.labels, found.labels.values(), strict=True):
-        assert (mine.value, mine.ci95, mine.n_pos, mine.n_pos + mine.n_neg) == (
-            label.value, label.ci95, label.n_pos, label.n,
-        )  # fmt: skip
-    gain = paired_difference(scored.value_NK, other.value_NK, scored.truth_NK, scored.patient_ids, n_boot=60, seed=4)
-    assert_allclose(gain.value, found.headline.value - estimate(AUROC, other, n_boot=0).headline.value)
-    nothing = np.zeros((4, 1))
-    alone = bootstrap_auc(nothing, nothing, list("abcd"), n_boot=10)
-    assert (alone.labels[0].value, alone.labels[0].undefined_because) == (None, "all 4 records are negative")
 
 
 def test_speed_is_reported(record_property: Callable[[str, object], None]) -> None:

@@ -179,6 +179,63 @@ BROADER: dict[str, tuple[str, ...]] = {
 # Of these, all kinds are listed: who was looked at for every kind and has none does not have it.
 COMPLETE = frozenset({"AMI-any", "IMI-any", "STTC-other", "AVB", "LFB", "ISCA", "ISCI", "ISCH", "AFAFL"})
 
+# What of the tracing a label hangs on -> why -> the labels. "several": on more than one of these, so that it says
+# nothing about any. Reports group by it, to see whether a student lost one part of the reading more than another.
+LABEL_BASIS: dict[str, dict[str, tuple[str, ...]]] = {
+    "QRS shape": {
+        "a delayed or redirected activation widens or notches the QRS complex": (
+            "CD", "LBBB", "RBBB", "ILBBB", "IRBBB", "BBB", "IVCD", "FQRS",
+        ),
+        "a delta wave slurs the beginning of the QRS complex": ("WPW", "PREEXC"),
+        "lost forces show as Q waves or missing R waves": (
+            "MI", "IMI", "ASMI", "AMI", "ALMI", "LMI", "PMI", "ILMI", "IPMI", "IPLMI", "AMI-any", "IMI-any", "OLDMI",
+            "QWAVE", "PRWP", "RABN",
+        ),
+        "the shape of the QRS complex itself is what is named": ("ABQRS", "FUSION"),
+        "a beat of ventricular origin is told by its wide QRS complex": ("PVC", "VEB", "COUPLET", "VESC"),
+    },
+    "ST/T": {
+        "a shifted ST segment is what is named": (
+            "STD", "STE", "NST", "STABN", "EREPOL", "BRUGADA", "ANEUR", "INJAS", "INJAL", "INJIN", "INJLA", "INJIL",
+        ),
+        "the T or U wave is what is named": ("NDT", "LOWT", "NT", "INVT", "TAB", "HIGHT", "UWAVE"),
+        "ischemia is read off the ST segment and the T wave": (
+            "STTC", "ISC", "ISCAL", "ISCIN", "ISCIL", "ISCAS", "ISCLA", "ISCAN", "ISCA", "ISCI", "ISCH", "NSSTT",
+            "ACUTEMI",
+        ),
+        "drugs, electrolytes and strain bend ST segment and T wave": ("DIG", "EL", "STTC-other", "LVSTRAIN"),
+    },
+    "rhythm": {
+        "the regularity and the rate of the beats, and what comes before them": (
+            "SR", "AFIB", "STACH", "SARRH", "SBRAD", "SVARR", "AFLT", "SVTAC", "PSVT", "AFAFL", "BRADY", "ATACH",
+            "AVNRT", "AVRT", "ARHY", "WAP", "JUNC", "AJR", "JTACH", "IVR", "AIVR", "VESCR", "VTAC", "VFIB", "VFLUT",
+        ),
+        "a beat that comes early, late or not at all": (
+            "PAC", "PRCS", "BIGU", "TRIGU", "AESC", "AAESC", "BPAC", "SARREST", "SABLOCK", "JESC", "JPC", "2AVB",
+            "3AVB", "AVDISS",
+        ),
+        "spikes of a pacemaker set the beats": ("PACE", "APACE", "VPACE"),
+    },
+    "interval": {
+        "the time from P wave to QRS complex": ("1AVB", "LPR", "SHORTPR", "AVB"),
+        "the time from QRS complex to the end of the T wave": ("LNGQT", "SHORTQT"),
+    },
+    "voltage": {
+        "the height of the QRS complex": ("HYP", "LVH", "RVH", "SEHYP", "VCLVH", "LVOLT", "HVOLT"),
+    },
+    "P wave": {
+        "the height, length or shape of the P wave": ("LAE", "RAE", "LAABN", "RAABN", "TALLP", "LONGP", "PCHANGE"),
+    },
+    "axis": {
+        "the direction of the QRS forces in the limb leads": ("LAD", "RAD", "INDAX", "LAFB", "LPFB", "LFB"),
+        "the turn of the QRS forces in the chest leads": ("CWROT", "CCWROT"),
+    },
+    "several": {
+        "it says something of the whole tracing": ("NORM", "ABNORMAL"),
+        "it turns P, QRS and T alike": ("ARMREV",),
+    },
+}  # fmt: skip
+
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
 SINUS = frozenset({"SR", "SBRAD", "STACH", "SARRH"})  # rhythms that leave a tracing normal
 

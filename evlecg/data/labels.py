@@ -49,6 +49,7 @@ from evlecg.data.label_tables import (
     CPSC_NUMBERS,
     CPSC_SNOMED,
     CPSC_SUPERCLASS,
+    LABEL_BASIS,
     LABEL_SETS,
     LABELS,
     LUDB_PHRASES,
@@ -75,6 +76,7 @@ __all__ = [
     "CPSC_SNOMED",
     "EQUIVALENCES",
     "LABELS",
+    "LABEL_BASIS",
     "LABEL_SETS",
     "LUDB_PHRASES",
     "SCP_ALIASES",
@@ -90,6 +92,7 @@ __all__ = [
     "cinc_labels",
     "cpsc_labels",
     "judge",
+    "labels_by_basis",
     "ludb_labels",
     "ptb_labels",
     "resolve_labels",
@@ -113,6 +116,20 @@ def resolve_labels(sets: str) -> tuple[str, ...]:
             raise EvlecgError(f"unknown label set {name.strip()!r}", hint=nearest(name.strip(), LABEL_SETS))
         codes.update(dict.fromkeys(LABEL_SETS[name.strip()]))
     return tuple(codes)
+
+
+def labels_by_basis(labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What labels hang on (QRS shape, ST/T, rhythm, ...) -> those of them that do; see `LABEL_BASIS`.
+
+    Labels that hang on several things, or that no table knows, are in no group; empty groups are left out.
+    """
+    wanted = list(labels)
+    groups = {
+        basis: tuple(label for label in wanted if any(label in members for members in reasons.values()))
+        for basis, reasons in LABEL_BASIS.items()
+        if basis != "several"
+    }
+    return {basis: members for basis, members in groups.items() if members}
 
 
 def judge(

@@ -11,7 +11,6 @@ in_sample_sensitivity_at / in_sample_specificity_at (of scores); AUC_HARD, F1 (`
 PRECISION, HAMMING_LOSS and ACCURACY (of decisions); BRIER, `brier_term` and `ece` (of probabilities).
 """
 
-from evlecg.metrics.auc_report import AucResult, LabelAuc, MacroAuc, bootstrap_auc, paired_difference
 from evlecg.metrics.calibration import (
     BRIER,
     Calibration,
@@ -86,7 +85,6 @@ __all__ = [
     "PRECISION",
     "SENSITIVITY",
     "SPECIFICITY",
-    "AucResult",
     "Calibration",
     "Comparison",
     "Curve",
@@ -97,8 +95,6 @@ __all__ = [
     "Estimate",
     "Estimates",
     "GroupTable",
-    "LabelAuc",
-    "MacroAuc",
     "McNemar",
     "Metric",
     "OverSeeds",
@@ -108,7 +104,6 @@ __all__ = [
     "Scored",
     "SeedTest",
     "Thresholds",
-    "bootstrap_auc",
     "brier_term",
     "by_group",
     "compare",
@@ -128,7 +123,6 @@ __all__ = [
     "in_sample_specificity_at",
     "mcnemar",
     "over_seeds",
-    "paired_difference",
     "precision_recall_curve",
     "reliability_curve",
     "roc_curve",

@@ -1,0 +1,86 @@
+"""What scoring one record costs: parameters, FLOPs, latency and memory, measured where the model stands."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evlecg.models.load import Loaded
+from evlecg.report import Cost
+from evlecg.schema import Sample
+
+if TYPE_CHECKING:
+    from evlecg.models.score import Scorer
+
+WARM_UP = 3
+TIMED = 30
+
+
+def measure_cost(loaded: Loaded, scorer: Scorer, samples: Sequence[Sample]) -> Cost:
+    """Scores single records again, and counts.
+
+    Args:
+        loaded: the model, on its device.
+        scorer: as it scored the report.
+        samples: records of the report; the first `WARM_UP` are not timed, up to `TIMED` more are.
+    """
+    import torch
+
+    device = next(loaded.model.parameters()).device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    chosen = list(samples[: WARM_UP + TIMED])
+    if len(chosen) <= WARM_UP:
+        chosen = [chosen[0]] * WARM_UP + chosen
+    for sample in chosen:
+        start_s = time.perf_counter()
+        list(scorer.score([sample]))  # reads the scores, hence waits for the device
+        seconds.append(time.perf_counter() - start_s)
+    timed_ms = 1000 * np.array(seconds[WARM_UP:])
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_of_process()
+    return Cost(
+        parameters=loaded.n_parameters,
+        flops=_flops(loaded.model, scorer, chosen[0]),
+        latency_ms=float(np.median(timed_ms)),
+        latency_p95_ms=float(np.percentile(timed_ms, 95)),
+        peak_memory_bytes=peak,
+        n_records=len(timed_ms),
+        n_questions=len(chosen[0].questions),
+        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        method=f"One record at a time with all its questions, page drawing included, after {WARM_UP} to warm up; FLOPs "
+        "of the same by PyTorch's counter with eager attention (convolutions and matrix products; a multiplication and "
+        "an addition are two); peak memory "
+        + ("allocated on the device." if on_gpu else "of the whole process since it started, data and libraries too."),
+    )  # fmt: skip
+
+
+def _flops(model: Any, scorer: Scorer, sample: Sample) -> int | None:
+    """None where attention cannot be made eager: fused attention is not counted everywhere."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = model if hasattr(model, "set_attn_implementation") else getattr(model, "model", model)  # a classifier
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    try:
+        model.set_attn_implementation("eager")
+    except (AttributeError, ValueError):
+        return None
+    try:
+        with FlopCounterMode(display=False) as counter:
+            list(scorer.score([sample]))
+    finally:
+        if before:
+            model.set_attn_implementation(before)
+    return int(counter.get_total_flops())
+
+
+def _peak_of_process() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB on Linux

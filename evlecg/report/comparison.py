@@ -1,0 +1,175 @@
+"""Models beside one another: the short table of a run, and the paired comparison of reports on the same records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evlecg.errors import EvlecgError
+from evlecg.files import write_text_atomic
+from evlecg.metrics import (
+    AUROC,
+    N_BOOT,
+    Comparison,
+    McNemar,
+    Scored,
+    compare,
+    fixed_thresholds,
+    mcnemar,
+    thresholds_for_youden,
+)
+from evlecg.report.data import Report
+from evlecg.report.html import page_html, section_html
+from evlecg.report.markdown import section_lines, table_lines
+from evlecg.report.measured import ANSWERED
+from evlecg.report.sections import RULE_WORDS, Table, comparison_sections, estimate_text, number
+
+
+def comparison_table(rows: Sequence[tuple[str, Report]]) -> Table:
+    """One row per (name, report); the columns hold every report's labels."""
+    labels = list(dict.fromkeys(label for _, report in rows for label in report.labels))
+    cells = [
+        (
+            name,
+            estimate_text(report.macro),
+            *(number(report.label_aucs[label].value if label in report.labels else None) for label in labels),
+        )
+        for name, report in rows
+    ]
+    return Table(("model", "macro AUC (95% interval)", *labels), cells)
+
+
+def comparison_markdown(rows: Sequence[tuple[str, Report]]) -> str:
+    """The comparison as a Markdown table."""
+    return "\n".join(table_lines(comparison_table(rows))) + "\n"
+
+
+def comparison_dict(rows: Sequence[tuple[str, Report]]) -> dict[str, Any]:
+    """The comparison for `--json`: of every model the AUROCs and counts of its report.json."""
+    kept = ("model", "dataset", "split", "n_records", "n_patients", "left_out", "score_source")
+    models = []
+    for name, report in rows:
+        tree = report.to_dict()
+        models.append({"name": name, **{key: tree[key] for key in kept}, "metrics": {"auc": tree["metrics"]["auc"]}})
+    return {"models": models}
+
+
+def on_shared(models: Mapping[str, Scored]) -> tuple[dict[str, Scored], list[str]]:
+    """Models on the records and labels that all of them have, in the first one's order.
+
+    Args:
+        models: by name, each with its `record_ids`.
+
+    Returns:
+        The same models, and a sentence for each that has more than is shared.
+
+    Raises:
+        EvlecgError: nothing is shared.
+    """
+    first, *others = models.values()
+    ids = [set(scored.record_ids) for scored in others]
+    records = [record for record in first.record_ids if all(record in known for known in ids)]
+    labels = tuple(label for label in first.labels if all(label in scored.labels for scored in others))
+    if not records or not labels:
+        raise EvlecgError("the reports share no record" if not records else "the reports share no label",
+                          where=", ".join(models), hint="score them on the same data, split and labels")  # fmt: skip
+    shared, notes = {}, []
+    for name, scored in models.items():
+        place = {record: row for row, record in enumerate(scored.record_ids)}
+        rows = np.array([place[record] for record in records])
+        columns = np.array([scored.labels.index(label) for label in labels])
+        patients = [str(scored.patient_ids[row]) for row in rows]
+        shared[name] = Scored(
+            scored.value_NK[np.ix_(rows, columns)], scored.truth_NK[np.ix_(rows, columns)],
+            patients, labels, records,
+        )  # fmt: skip
+        more = len(scored.record_ids) - len(records), len(scored.labels) - len(labels)
+        if any(more):
+            notes.append(f"{name}: {more[0]} records and {more[1]} labels that not all have are left out.")
+    return shared, notes
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """Models on the same records.
+
+    Attributes:
+        auroc: differences with intervals, p and Holm's p; label groups and their contrasts.
+        tests: (rule of the decisions, McNemar's test) of every pair.
+        notes: what was left out to have the same records.
+    """
+
+    auroc: Comparison
+    tests: tuple[tuple[str, McNemar], ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "auroc": self.auroc.to_dict(),
+            "mcnemar": [{"rule": rule, **test.to_dict()} for rule, test in self.tests],
+            "notes": list(self.notes),
+        }
+
+
+def compare_models(
+    models: Mapping[str, Scored],
+    validation: Mapping[str, Scored] | None = None,
+    *,
+    label_groups: Mapping[str, Sequence[str]] | None = None,
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+) -> ModelComparison:
+    """Every two models, the earlier minus the later, on the records and labels that all have.
+
+    Args:
+        models: name -> likelihoods, with record ids.
+        validation: the same models on validation; thresholds for McNemar's test are chosen on it.
+        label_groups: what labels hang on -> labels.
+
+    Raises:
+        EvlecgError: nothing is shared, or the same record has different truths.
+    """
+    shared, notes = on_shared(models)
+    labels = next(iter(shared.values())).labels
+    decided = {"as_answered": {name: fixed_thresholds(labels, ANSWERED).decide(scored)
+                               for name, scored in shared.items()}}  # fmt: skip
+    if validation:
+        decided["youden"] = {name: thresholds_for_youden(validation[name]).decide(scored)
+                             for name, scored in shared.items()}  # fmt: skip
+        first, *others = (answers.truth_NK for answers in decided["youden"].values())
+        if any(not np.array_equal(first, other, equal_nan=True) for other in others):
+            del decided["youden"]  # validation differs: a label has thresholds in one model and none in another
+    return ModelComparison(
+        compare(AUROC, shared, label_groups=label_groups, n_boot=n_boot, seed=seed),
+        tuple(
+            (rule, mcnemar({a: answers[a], b: answers[b]}))
+            for rule, answers in decided.items()
+            for a, b in combinations(shared, 2)
+        ),
+        tuple(notes),
+    )
+
+
+def write_comparison(found: ModelComparison, out: Path, title: str) -> None:
+    """Writes comparison.json, comparison.md and comparison.html into the folder `out`.
+
+    Raises:
+        EvlecgError: the folder cannot be written to.
+    """
+    told = [(RULE_WORDS[rule], test) for rule, test in found.tests]
+    parts = list(comparison_sections(found.auroc, told, found.notes))
+    html = [f"<h1>{escape(title)}</h1>", *(line for section in parts for line in section_html(section))]
+    texts = {
+        "comparison.json": json.dumps(found.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "comparison.md": "\n".join([f"# {title}", "", *section_lines(parts)]),
+        "comparison.html": page_html(title, html),
+    }
+    for name, text in texts.items():
+        write_text_atomic(out / name, text)

@@ -1,0 +1,418 @@
+"""What a report says, as titled sections of sentences and tables; markdown.py and html.py only set them.
+
+The order is that of a reader's questions: is it good enough, where is it worse, on how many patients; then the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from evlecg.metrics import Comparison, Difference, Estimate, GroupTable, McNemar
+from evlecg.report.data import SCORE_FORMULAS, Cost, Report
+from evlecg.report.measured import AS_ANSWERED, FIXED_SPECIFICITY, Measured
+from evlecg.report.published import published_for
+
+UNDEFINED = "–"
+Row = tuple[str, ...]
+
+
+class Table(NamedTuple):
+    """Column heads and cells, plain text."""
+
+    columns: Row
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with sentences, then tables.
+
+    Attributes:
+        key: what html.py puts its pictures to.
+        level: 2 for a heading of the report, 3 for one within.
+    """
+
+    key: str
+    title: str
+    lines: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    level: int = 2
+
+
+def number(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{value:.3f}"
+
+
+def interval(ci95: tuple[float, float] | None, sign: str = "") -> str:
+    return UNDEFINED if ci95 is None else f"{ci95[0]:{sign}.3f}–{ci95[1]:{sign}.3f}".replace("–-", " to -")
+
+
+def estimate_text(estimate: Estimate | None) -> str:
+    """`0.912 (0.893–0.930)`."""
+    if estimate is None or estimate.value is None:
+        return UNDEFINED
+    return number(estimate.value) + (f" ({interval(estimate.ci95)})" if estimate.ci95 is not None else "")
+
+
+def difference_text(difference: Difference) -> str:
+    """`+0.012 (-0.003 to +0.030)`."""
+    if difference.value is None:
+        return UNDEFINED
+    low_high = difference.ci95
+    return f"{difference.value:+.3f}" + (f" ({low_high[0]:+.3f} to {low_high[1]:+.3f})" if low_high else "")
+
+
+def counted(n: int, what: str) -> str:
+    """`1 record`, `2 records`."""
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def p_text(p: float | None) -> str:
+    return UNDEFINED if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def sections(report: Report) -> Iterator[Section]:
+    """Everything but the summary."""
+    if report.gates:
+        rows = [("met" if gate.met else "NOT MET", gate.name, gate.detail) for gate in report.gates]
+        yield Section("gates", "Gates", (), (Table(("", "gate", "found"), rows),))
+    measured = report.measured
+    if measured:
+        yield Section("labels", "Labels, weakest first", (), (label_table(report, measured),))
+        yield from _label_groups(measured)
+        yield from _overall(measured)
+        yield from _subgroups(measured)
+        yield from _decisions(measured)
+        yield from _calibration(measured)
+    if report.text:
+        for title, columns, rows in report.text.tables():
+            yield Section("text", title, (), (Table(columns, rows),))
+    if report.worst:
+        yield _worst(report)
+    if report.robustness:
+        yield _robustness(report.robustness.comparison, report.robustness.disturbances)
+    if report.cost:
+        yield _cost(report.cost)
+    yield from _published(report)
+    left_out = [f"{what}: {why}" for what, why in report.all_left_out.items()] or ["Nothing."]
+    yield Section("left_out", "Left out", tuple(left_out))
+    yield Section("formulas", "How the numbers are formed", tuple(formulas(report)))
+    yield Section("provenance", "Provenance", (), (Table(("key", "value"), list(flat(report.provenance))),))
+
+
+def summary(report: Report) -> list[str]:
+    """The first answer, then where it is worse; the first line is the headline."""
+    if report.text:
+        return [line.removeprefix("- ") for line in report.text.summary() if line]
+    scored = f"{counted(report.n_records, 'record')} of {counted(report.n_patients, 'patient')}"
+    measured = report.measured
+    if measured is None or report.weakest is None:
+        return [f"**No AUROC**: among {scored}, no label has both classes."]
+    defined = [label for label in measured.auroc.labels.values() if label.value is not None]
+    lines = [
+        f"**Macro AUROC {estimate_text(report.macro)}**, the mean over {len(defined)} of {len(report.labels)} labels, "
+        f"on {scored}. 1 is perfect, 0.5 is chance; in brackets the 95% interval."
+    ]
+    missed = [gate.name for gate in report.gates if not gate.met]
+    if report.gates:
+        lines.append(f"**Gates not met: {', '.join(missed)}.**" if missed else "All gates are met.")
+    weak = report.label_aucs[report.weakest]
+    with_it = counted(weak.n_pos or 0, "record")
+    lines.append(f"Weakest label: {report.weakest} {estimate_text(weak)}, {with_it} with it.")
+    chance = [name for name, label in report.label_aucs.items() if label.ci95 is not None and label.ci95[0] <= 0.5]
+    if chance:
+        lines.append(f"Not shown to be better than chance: {', '.join(chance)}.")
+    unsure = [name for name, label in report.label_aucs.items() if label.value is not None and label.ci95 is None]
+    if unsure:
+        lines.append(f"Without an interval, hence no evidence by themselves: {', '.join(unsure)}.")
+    lines.append(_worse_groups(measured))
+    return lines
+
+
+def _worse_groups(measured: Measured) -> str:
+    """Groups of records whose interval of the difference lies below 0."""
+    worse = [
+        f"{group} ({kind}) {difference_text(found)} against {table.reference}"
+        for kind, table in measured.subgroups.items()
+        for group, found in table.differences.items()
+        if found.value is not None and found.value < 0 and found.p_holm is not None and found.p_holm < 0.05
+    ]
+    compared = sum(found.value is not None for table in measured.subgroups.values()
+                   for found in table.differences.values())  # fmt: skip
+    if worse:
+        return f"Worse in: {'; '.join(worse)}."
+    if not compared:
+        return "Whether it is worse in some group of patients is not known: no two groups are large enough."
+    return f"No group of patients is shown to be worse than the largest ({compared} compared)."
+
+
+def label_table(report: Report, measured: Measured) -> Table:
+    def weakness(label: str) -> float:
+        value = measured.auroc.labels[label].value
+        return float("inf") if value is None else value
+
+    rows = []
+    for name in sorted(report.labels, key=weakness):
+        auc = measured.auroc.labels[name]
+        average = measured.average_precision.labels[name]
+        rows.append((
+            name, report.descriptions.get(name, ""), number(auc.value), interval(auc.ci95),
+            interval(measured.delong[name].ci95), str(auc.n_pos), str(auc.n - (auc.n_pos or 0)),
+            number(average.value), number(measured.calibrated.brier.labels[name].value),
+            number(measured.calibrated.ece.labels[name].value),
+            number(measured.calibrated.ece_if_calibrated[name].expected),
+        ))  # fmt: skip
+    return Table(("label", "meaning", "AUROC", "95% interval", "DeLong's", "positive", "negative",
+                  "average precision", "Brier", "ECE", "ECE if calibrated"), rows)  # fmt: skip
+
+
+def _label_groups(measured: Measured) -> Iterator[Section]:
+    groups = measured.auroc.label_groups
+    if groups:
+        rows = [(name, number(found.value), interval(found.ci95), str(found.n_labels), str(found.n_pos),
+                 found.undefined_because or found.method.split(";")[0].removeprefix("unweighted mean over "))
+                for name, found in groups.items()]  # fmt: skip
+        yield Section("label_groups", "By what labels hang on", (
+            "Labels are grouped by the part of the tracing that decides them.",
+        ), (Table(("part of the tracing", "macro AUROC", "95% interval", "labels", "positives", "which"), rows),),
+        )  # fmt: skip
+
+
+def _overall(measured: Measured) -> Iterator[Section]:
+    rows = [
+        (name, estimate_text(found), str(found.n_labels), found.undefined_because or found.caveat or "")
+        for name, found in (
+            ("macro AUROC", measured.auroc.overall["macro"]),
+            ("weighted AUROC", measured.auroc.overall["weighted"]),
+            ("macro average precision", measured.average_precision.overall["macro"]),
+            ("weighted average precision", measured.average_precision.overall["weighted"]),
+            ("macro Brier score", measured.calibrated.brier.headline),
+            ("macro ECE", measured.calibrated.ece.headline),
+        )
+    ]
+    yield Section("overall", "Over all labels", (), (Table(("number", "value (95% interval)", "labels", ""), rows),))
+
+
+def _subgroups(measured: Measured) -> Iterator[Section]:
+    if not measured.subgroups:
+        return
+    yield Section("subgroups", "By group of patients", (
+        "Differences are to the group with the most patients, over the labels that have an interval in both, hence "
+        "they need not be the difference of the two columns.",
+    ))  # fmt: skip
+    for kind, table in measured.subgroups.items():
+        yield Section("subgroup", kind, _ungrouped(table), (group_table(table),), level=3)
+
+
+def _ungrouped(table: GroupTable) -> tuple[str, ...]:
+    return (f"Unknown for {counted(table.n_ungrouped, 'record')}.",) if table.n_ungrouped else ()
+
+
+def group_table(table: GroupTable) -> Table:
+    rows = []
+    for name, estimates in table.groups.items():
+        found = estimates.headline
+        against = table.differences.get(name)
+        # a macro counts records of labels that have a value; the group's own are those of its best assessed label
+        n_patients = max([found.n_patients, *(label.n_patients for label in estimates.labels.values())])
+        n_records = max([found.n, *(label.n for label in estimates.labels.values())])
+        rows.append((
+            name, str(n_patients), str(n_records), estimate_text(found),
+            "the reference" if name == table.reference else difference_text(against) if against else UNDEFINED,
+            p_text(against.p_holm) if against else "", found.undefined_because or "",
+        ))  # fmt: skip
+    return Table(("group", "patients", "records", "macro AUROC", "difference", "p (Holm)", ""), rows)
+
+
+RULE_WORDS = {
+    AS_ANSWERED: "as answered: the likelier of yes and no",
+    "youden": "thresholds of the highest sensitivity + specificity on validation",
+    "f1": "thresholds of the highest F1 on validation",
+    f"specificity_{FIXED_SPECIFICITY:g}": f"thresholds with a specificity of {FIXED_SPECIFICITY:g} on validation",
+}
+
+
+def _decisions(measured: Measured) -> Iterator[Section]:
+    names = {"auc_hard": "auc_hard", "f1": "F1", "sensitivity": "sensitivity", "specificity": "specificity",
+             "hamming_loss": "Hamming loss", "accuracy": "exact answers"}  # fmt: skip
+    rows = [
+        (RULE_WORDS[rule], *(estimate_text(decided.metrics[key].headline) for key in names))
+        for rule, decided in measured.decided.items()
+    ]
+    table = Table(("decided by", *names.values()), rows)
+    note = () if not measured.no_validation else (f"No thresholds were chosen: {measured.no_validation}.",)
+    yield Section("decisions", "As yes or no", note, (table,))
+    chosen = measured.decided.get("youden")
+    if chosen:
+        values = chosen.thresholds.to_dict()["values"]
+        rows = [
+            (label, number(values[label]) if isinstance(values[label], float) else values[label] or UNDEFINED,
+             *(estimate_text(chosen.metrics[key].labels[label]) for key in ("sensitivity", "specificity", "f1")))
+            for label in measured.labels
+        ]  # fmt: skip
+        yield Section("decisions_labels", RULE_WORDS["youden"], (), (
+            Table(("label", "threshold", "sensitivity", "specificity", "F1"), rows),), level=3)  # fmt: skip
+
+
+def _calibration(measured: Measured) -> Iterator[Section]:
+    calibrated = measured.calibrated
+    lines = [f"Macro ECE {estimate_text(calibrated.ece.headline)}, Brier {estimate_text(calibrated.brier.headline)}."]
+    if calibrated.temperature and calibrated.ece_after and calibrated.brier_after:
+        temperatures = [value for value in calibrated.temperature.temperature.values() if value is not None]
+        if temperatures:
+            lines.append(
+                f"With the temperature {temperatures[0]:.3g} fitted on validation: "
+                f"ECE {estimate_text(calibrated.ece_after.headline)}, "
+                f"Brier {estimate_text(calibrated.brier_after.headline)}."
+            )
+        else:
+            reasons = dict.fromkeys(calibrated.temperature.undefined_because.values())
+            lines.append(f"No temperature: {'; '.join(reasons)}.")
+    lines.append(
+        "An ECE is above 0 for a calibrated model too, the more so the fewer the records: what it would be then stands "
+        "in the table of labels. Its interval is mirrored against that bias, hence may lie below the value."
+    )
+    off = [label for label, found in calibrated.ece_if_calibrated.items() if found.p is not None and found.p < 0.05]
+    if off:
+        lines.append(f"Off by more than chance (p below 0.05, not adjusted): {', '.join(off)}.")
+    yield Section("calibration", "Whether scores are probabilities", tuple(lines))
+
+
+def _worst(report: Report) -> Section:
+    rows = [
+        (record.record_id, record.label, "present" if record.truth else "absent", number(record.score),
+         ", ".join(f"{label} {score:.2f}" for label, score in record.others.items()) or UNDEFINED, record.about)
+        for record in report.worst
+    ]  # fmt: skip
+    return Section("worst", "Records answered wrongly with most confidence", (
+        "Before the model is blamed: some of these truths may be wrong.",
+    ), (Table(("record", "label", "truth", "score", "also wrong", "about"), rows),))  # fmt: skip
+
+
+def _robustness(comparison: Comparison, disturbances: Mapping[str, str]) -> Section:
+    rows = [("clean", estimate_text(comparison.models["clean"].headline), "", "", "the pages as reported above")]
+    rows += [
+        (pair.a, estimate_text(comparison.models[pair.a].headline), difference_text(pair.headline),
+         p_text(pair.headline.p_holm), disturbances[pair.a])
+        for pair in comparison.pairs
+    ]  # fmt: skip
+    return Section("robustness", "Under disturbed pages", (), (
+        Table(("pages", "macro AUROC", "difference to clean", "p (Holm)", "what was done"), rows),))  # fmt: skip
+
+
+def _cost(cost: Cost) -> Section:
+    rows = [
+        ("parameters", f"{cost.parameters:,}"),
+        ("FLOPs a record", UNDEFINED if cost.flops is None else f"{cost.flops:,} ({cost.n_questions} questions)"),
+        ("latency of one record, median", f"{cost.latency_ms:.1f} ms ({cost.n_records} records)"),
+        ("latency of one record, 95th percentile", f"{cost.latency_p95_ms:.1f} ms"),
+        ("peak memory", f"{cost.peak_memory_bytes / 2**20:,.0f} MiB"),
+        ("device", cost.device),
+    ]
+    return Section("cost", "Cost", (cost.method,), (Table(("", ""), rows),))
+
+
+def _published(report: Report) -> Iterator[Section]:
+    found = published_for(report.dataset, report.labels)
+    if not found or report.measured is None:
+        return
+    rows = [(name, f"{100 * value:.1f}", about) for name, value, about in found.rows]
+    for rule, decided in report.measured.decided.items():
+        ours = decided.metrics["auc_hard"].headline
+        if ours.value is not None:
+            low_high = "" if ours.ci95 is None else f" ({100 * ours.ci95[0]:.1f}–{100 * ours.ci95[1]:.1f})"
+            rows.append((report.model, f"{100 * ours.value:.1f}{low_high}", RULE_WORDS[rule]))
+    yield Section("published", "Beside published results", (found.note,), (
+        Table(("model", "100 x auc_hard", "how"), rows),))  # fmt: skip
+
+
+def formulas(report: Report) -> list[str]:
+    measured = report.measured
+    if measured is None:
+        return list(report.text.formulas()) if report.text else []
+    decided = measured.decided[AS_ANSWERED].metrics
+    lines = [
+        SCORE_FORMULAS[report.score_source],
+        f"AUROC of a label = {measured.auroc.headline.method.split('of one label: ')[-1]}; a record in which the "
+        "label was not assessed is in no pair",
+        f"macro = {measured.auroc.overall['macro'].method.split(';')[0]}; "
+        f"weighted = {measured.auroc.overall['weighted'].method.split(';')[0]}",
+        f"average precision = {measured.average_precision.headline.method.split('of one label: ')[-1]}",
+        *(f"{name.replace('_', ' ')} = {found.headline.method}" for name, found in decided.items()),
+        f"Brier = {measured.calibrated.brier.headline.method.split('of one label: ')[-1]}; "
+        f"ECE = {measured.calibrated.ece.headline.method.split('of one label: ')[-1]}",
+        *([f"temperature: {measured.calibrated.temperature.method}"] if measured.calibrated.temperature else []),
+        measured.auroc.headline.interval_method + "; no interval with fewer than two patients on either side",
+        *dict.fromkeys(f"DeLong's interval: {found.interval_method}" for found in measured.delong.values()),
+        *report.group_formulas.values(),
+        "differences between groups of patients: in resamples that both share; p = twice the smaller share of "
+        "resamples on one side of 0; p (Holm) is adjusted within each table",
+    ]
+    return lines
+
+
+def mcnemar_text(test: McNemar) -> str:
+    return (f"{test.a} alone right {test.n_only_a}, {test.b} alone right {test.n_only_b}, both {test.n_both}, "
+            f"neither {test.n_neither}")  # fmt: skip
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[Row]:
+    """`{"a": {"b": 1}}` -> `("a.b", "1")`."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def comparison_sections(
+    comparison: Comparison, tests: Sequence[tuple[str, McNemar]], notes: Sequence[str]
+) -> Iterator[Section]:
+    """Models on the same records: each one's numbers, differences, label groups, contrasts, exact answers."""
+    rows = [(name, *(estimate_text(found) for found in estimates.overall.values()),
+             str(estimates.headline.n), str(estimates.headline.n_patients))
+            for name, estimates in comparison.models.items()]  # fmt: skip
+    first = next(iter(comparison.models.values()))
+    told = [f"{pair.a} minus {pair.b}: macro AUROC {difference_text(pair.headline)}, p {p_text(pair.headline.p_holm)} "
+            f"(adjusted over {counted(len(comparison.pairs), 'pair')})." for pair in comparison.pairs]  # fmt: skip
+    yield Section("models", "Models", (*told, *notes), (
+        Table(("model", *(f"{kind} AUROC" for kind in first.overall), "records", "patients"), rows),))  # fmt: skip
+
+    def differences(title: str, key: str, part: str, lead: tuple[str, ...]) -> Section:
+        rows = [
+            (f"{pair.a} − {pair.b}", str(name), difference_text(found), p_text(found.p), p_text(found.p_holm),
+             found.undefined_because or "")
+            for pair in comparison.pairs
+            for name, found in getattr(pair, part).items()
+        ]  # fmt: skip
+        heads = ("models", "of", "difference (95% interval)", "p", "p (Holm)", "")
+        return Section(key, title, lead, (Table(heads, rows),))
+
+    yield differences("Differences over all labels", "overall", "overall", ())
+    if first.label_groups:
+        yield differences("By what labels hang on", "label_groups", "label_groups", ())
+        rows = [
+            (f"{pair.a} − {pair.b}", f"{found.a} more than {found.b}", difference_text(found), p_text(found.p),
+             p_text(found.p_holm))
+            for pair in comparison.pairs
+            for found in pair.contrasts.values()
+        ]  # fmt: skip
+        if rows:
+            yield Section("contrasts", "Is the difference larger there?", (
+                "Of every two parts of the tracing: the difference between the models in the first minus the same in "
+                "the second. If distillation carries over what a part hangs on, its contrast is not 0.",
+            ), (Table(("models", "contrast", "difference (95% interval)", "p", "p (Holm)"), rows),))  # fmt: skip
+    yield differences("Label by label", "labels", "labels", ())
+    if tests:
+        rows = [(f"{test.a} − {test.b}", rule, UNDEFINED if test.value is None else f"{test.value:+.3f}",
+                 p_text(test.p_exact), p_text(test.p_mid), mcnemar_text(test)) for rule, test in tests]  # fmt: skip
+        yield Section("mcnemar", "Exact answers (McNemar)", tuple(dict.fromkeys(
+            test.caveat for _, test in tests if test.caveat
+        )), (Table(("models", "decided by", "difference in accuracy", "p (exact)", "p (mid)", ""), rows),))  # fmt: skip
+    some = comparison.pairs[0].headline
+    yield Section("formulas", "How the numbers are formed", (
+        some.method, some.interval_method, *dict.fromkeys(test.method for _, test in tests),
+    ))  # fmt: skip

@@ -187,6 +187,7 @@ def batch(student: Kind, teacher: Kind | None, rows: int, *, n_text: int) -> Bat
     """A batch of the two models' shapes."""
     return Batch(
         sample_ids=tuple(map(str, range(rows))),
+        record_B=torch.arange(rows),
         student=student.side(rows, n_text=n_text),
         teacher=teacher.side(rows, n_text=n_text) if teacher is not None else None,
         cell_lead_C=torch.arange(144) % 12,

@@ -117,7 +117,7 @@ def test_a_processor_of_another_model_is_found_out(checkpoints, synthetic, tmp_p
     config = json.loads(file.read_text())
     config["patch_size"] = 28  # a quarter of the image tokens
     file.write_text(json.dumps(config))
-    with pytest.raises(EvlecgError, match="the teacher cannot read a page and a question"):
+    with pytest.raises(EvlecgError, match="the teacher has 4 image tokens in its text and 16 image features"):
         distill(recipe(checkpoints, "train.batch_size=1", teacher=odd), data=synthetic, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

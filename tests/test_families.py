@@ -149,7 +149,7 @@ def test_other_counts_in_text_and_features_are_told_at_the_start(partners, tmp_p
 def test_a_package_that_a_processor_needs_is_named(tmp_path, monkeypatch):
     from transformers import AutoProcessor
 
-    def fail(source: str) -> None:
+    def fail(source: str, **options: object) -> None:
         raise ImportError("Package `num2words` is required to run SmolVLM processor.")
 
     checkpoint = models.inspect(str(tiny.idefics3(tmp_path, weights=False)))

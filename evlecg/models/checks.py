@@ -154,6 +154,12 @@ def startup_checks(
         if len(side.answer_A2) == 0:
             raise EvlecgError("no answer token is left to learn from", where=name,
                               hint="the chat template drops the assistant's text")  # fmt: skip
+        tokens = side.visual_box_BN4.shape[1]
+        features = count_features(loaded, side) if loaded.checkpoint.kind == "text" else tokens
+        if features is not None and features != tokens:
+            hint = "its processor and its weights do not belong together (patch size, image size, select strategy)"
+            raise EvlecgError(f"the {role} has {tokens} image tokens in its text and {features} image features",
+                              where=name, hint=hint)  # fmt: skip
         try:
             matters = image_matters(loaded, side)
         except (ValueError, RuntimeError) as error:
@@ -162,12 +168,6 @@ def startup_checks(
         if matters < 1e-5:
             raise EvlecgError(f"the {role}'s answer does not change when its input is blanked", where=name,
                               hint="it does not reach the model")  # fmt: skip
-        tokens = side.visual_box_BN4.shape[1]
-        features = count_features(loaded, side) if loaded.checkpoint.kind == "text" else tokens
-        if features is not None and features != tokens:
-            hint = "its processor and its weights do not belong together (patch size, image size, select strategy)"
-            raise EvlecgError(f"the {role} has {tokens} image tokens in its text and {features} image features",
-                              where=name, hint=hint)  # fmt: skip
         n_bytes = len(example.answer.encode())
         ends.append([end for end in answer_ends(side) if end <= n_bytes])
         if loaded.checkpoint.kind == "text" and n_bytes and ends[-1][-1:] != [n_bytes]:

@@ -175,7 +175,7 @@ class TiledLlavaProcessor(LlavaProcessor):
 
 def is_original(tree: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of an original LLaVA checkpoint."""
-    return "mm_vision_tower" in tree and SAME_AS.get(tree.get("model_type", ""), tree.get("model_type")) in TEXT_CONFIGS
+    return "mm_vision_tower" in tree and _kind(tree) in TEXT_CONFIGS
 
 
 def translate(tree: Mapping[str, Any], tokenizer: Any, *, name: str) -> Original:
@@ -189,7 +189,7 @@ def translate(tree: Mapping[str, Any], tokenizer: Any, *, name: str) -> Original
     Raises:
         EvlecgError: something in the config that no transformers family computes, or an unknown vision tower.
     """
-    kind = SAME_AS.get(tree["model_type"], tree["model_type"])
+    kind = _kind(tree)
     for key, wanted in (("mm_projector_type", ("mlp2x_gelu",)), ("mm_use_im_start_end", (False, None)),
                         ("mm_vision_select_feature", ("patch", "cls_patch", None)),
                         ("mm_patch_merge_type", ("flat", "spatial_unpad", "spatial", None)),
@@ -381,6 +381,12 @@ def weight_files(source: str, *, name: str) -> list[Path]:
         raise EvlecgError(f"{len(missing)} weight files are missing: {', '.join(missing[:3])}", where=name,
                           hint="download the checkpoint again")  # fmt: skip
     return [Path(str(path)) for path in found.values()]
+
+
+def _kind(tree: Mapping[str, Any]) -> str:
+    """The published family name, the same for every spelling of it."""
+    name = str(tree.get("model_type", ""))
+    return SAME_AS.get(name, name)
 
 
 def _stage(part: str) -> int:

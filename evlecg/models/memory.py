@@ -357,9 +357,9 @@ def _teacher_bytes(teacher: nn.Module, quantised: Quantisation | None) -> int:
     plain = sum(_bytes(parameter) for parameter in teacher.parameters())
     if quantised is None:
         return plain
-    weights = [teacher.get_submodule(name).weight for name in quantised.modules]
+    weights = [teacher.get_parameter(f"{name}.weight") for name in quantised.modules]
     stored = sum(weight.numel() * quantised.bits / 8 * (1 + SCALE_SHARE[quantised.bits]) for weight in weights)
-    return int(plain - sum(_bytes(weight) for weight in weights) + stored)  # type: ignore[arg-type]
+    return int(plain - sum(_bytes(weight) for weight in weights) + stored)
 
 
 def _largest_dequantised(teacher: nn.Module, quantised: Quantisation) -> int:

@@ -135,10 +135,10 @@ def compare(runs: int) -> list[dict[str, Any]]:
         peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
                  for _ in range(runs)]  # fmt: skip
         told, median = _estimate(*case), statistics.median(peaks)
-        found.append({"case": name, "parameters": told.student.parameters, "estimate": told.peak, "measured": peaks,
-                      "ratio": (told.peak or 0) / median})  # fmt: skip
+        found.append({"case": name, "parameters": told.student.parameters, "estimate": told.needed, "measured": peaks,
+                      "ratio": told.needed / median})  # fmt: skip
         row = found[-1]
-        print(f"{name:28} {row['parameters']:>12,}  estimated {(told.peak or 0) / 2**20:8.1f} MiB  measured "
+        print(f"{name:28} {row['parameters']:>12,}  estimated {told.needed / 2**20:8.1f} MiB  measured "
               f"{median / 2**20:8.1f} MiB ({min(peaks) / 2**20:.1f} to {max(peaks) / 2**20:.1f}, n={runs})  "
               f"ratio {row['ratio']:.3f}", flush=True)  # fmt: skip
     return found

@@ -10,8 +10,8 @@ A answer tokens in the whole batch, V vocabulary, L leads (always 12), T time sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -155,6 +155,12 @@ class Side:
     frame: str = "page"
     answer_label_A: Tensor | None = None
 
+    def with_answers(self, rows_R: Tensor | slice) -> Side:
+        """The same half with some of its answer tokens only."""
+        label_A = self.answer_label_A
+        return replace(self, answer_A2=self.answer_A2[rows_R], answer_ids_A=self.answer_ids_A[rows_R],
+                       answer_label_A=None if label_A is None else label_A[rows_R])  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -174,6 +180,30 @@ class Batch:
     cell_time_C2: Tensor
 
 
+class AnswerLogits:
+    """Logits [A, V] that predict answer tokens, read off their states when they are asked for.
+
+    Over a large vocabulary they are the largest tensor of a step; losses that take them a few rows at a time
+    (losses/chunks.py) never hold them whole.
+
+    Args:
+        states_AD: what they are read off.
+        read: (states [R, D], index of these among the A tokens) -> logits [R, V]; None: the states are the logits.
+    """
+
+    def __init__(self, states_AD: Tensor, read: Callable[[Tensor, Tensor | slice], Tensor] | None = None) -> None:
+        self.states_AD = states_AD
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.states_AD)
+
+    def rows(self, rows_R: Tensor | slice) -> Tensor:
+        """Logits [R, V] of some of the tokens."""
+        states_RD = self.states_AD[rows_R]
+        return states_RD if self._read is None else self._read(states_RD, rows_R)
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What the losses see of a model: the same for a live teacher and for a cached one.
@@ -183,7 +213,7 @@ class Outputs:
         visual_BND: hidden states of the chosen layer at the visual positions, padded on the right; where a text
             attends to visual tokens from outside of it, what it attends to (the same for every layer).
         projected_BND: the projector's output, that is, what enters the language model at those positions.
-        answer_logits_AV: logits that predict the tokens at `Side.answer_A2`.
+        answer_logits: logits that predict the tokens at `Side.answer_A2`; a tensor [A, V] will do.
         side: the half of the batch they were computed from.
         attention: `query`, `key` and `value` [B,N,*] of the last layer at the visual positions, where asked for.
     """
@@ -191,9 +221,18 @@ class Outputs:
     hidden_BSD: Tensor
     visual_BND: Tensor
     projected_BND: Tensor
-    answer_logits_AV: Tensor
+    answer_logits: AnswerLogits
     side: Side
     attention: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.answer_logits, AnswerLogits):
+            object.__setattr__(self, "answer_logits", AnswerLogits(self.answer_logits))
+
+    @property
+    def answer_logits_AV(self) -> Tensor:
+        """All of the answers' logits at once."""
+        return self.answer_logits.rows(slice(None))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evlecg.models.load import Loaded
 from evlecg.models.outputs import forward
-from evlecg.schema import Batch, Outputs
+from evlecg.schema import AnswerLogits, Batch, Outputs
 
 MEMORY_BYTES = 2 << 30  # what a RememberingTeacher may hold
 
@@ -70,7 +70,7 @@ class RememberingTeacher:
         sizes = {"hidden": n_positions, "visual": n_visual, "projected": n_visual}
         found = {field: self._stack(ids, field, size) for field, size in sizes.items()}
         nothing = side.valid_BS.new_zeros((0, 0), dtype=torch.float32)
-        return Outputs(found["hidden"], found["visual"], found["projected"], nothing, side)
+        return Outputs(found["hidden"], found["visual"], found["projected"], AnswerLogits(nothing), side)
 
     def _remember(self, ids: tuple[str, ...], outputs: Outputs) -> None:
         fields = {"hidden": outputs.hidden_BSD, "visual": outputs.visual_BND, "projected": outputs.projected_BND}

@@ -7,16 +7,13 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 from evlecg.losses.alignment import (
     CrossAligner,
     alignment_loss,
-    anchor_logits,
     cross_causal_mask,
     position_bias,
-    predicting_positions,
     strict_alignment_loss,
     variance_share,
     visible_mask,
@@ -227,22 +224,6 @@ def test_empty_masks_and_zero_states_are_finite(dtype: torch.dtype) -> None:
         assert total.dtype == torch.float32 and float(total.detach()) == 0
         total.backward()
         assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in (student, aligned))
-
-
-def test_anchor_reads_the_head_before_each_answer_token_and_leaves_it_alone() -> None:
-    torch.manual_seed(0)
-    head = Head(4, 11).double()
-    side = make_side([[0, 1, 1, 1]] * 2, [[0, 0, 2, 3]] * 2, [[0] * 4] * 2, torch.zeros(2, 0, 4),
-                     answers=[(0, 2), (0, 3), (1, 2)])  # fmt: skip
-    aligned = seeded(2, 4, 4).requires_grad_()
-    logits = anchor_logits(aligned, side, head)
-    assert_close(logits, torch.stack([F.linear(aligned[row, at], head.weight) for row, at in ((0, 1), (0, 2), (1, 1))]))
-    logits.square().sum().backward()
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in head.parameters())
-    assert aligned.grad is not None
-    assert (aligned.grad.abs().sum(-1) > 0).int().tolist() == [[0, 1, 1, 0], [0, 1, 0, 0]]
-    assert predicting_positions(side).int().tolist() == [[0, 1, 1, 0], [0, 1, 0, 0]]
-    assert anchor_logits(aligned.float(), side, head.bfloat16()).dtype == torch.bfloat16
 
 
 def test_visual_states_keep_their_order() -> None:

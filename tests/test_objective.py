@@ -15,7 +15,7 @@ from evlecg.losses.objective import METHODS, CeObjective, EvlObjective, answer_c
 from evlecg.losses.relation import page_grid
 from evlecg.losses.transport import token_lead
 from evlecg.recipe import AlignmentConfig, ObjectiveConfig, RelationConfig, TransportConfig
-from evlecg.schema import Batch, ModelFacts, Outputs, Side
+from evlecg.schema import AnswerLogits, Batch, ModelFacts, Outputs, Side
 from tests.test_alignment import Head, make_side, seeded
 
 STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 8, 12, 11
@@ -35,14 +35,15 @@ def make_outputs(side: Side, width: int, *, seed: int, dtype: torch.dtype = torc
         hidden_BSD=leaf(batch, positions, width, offset=0),
         visual_BND=leaf(batch, count, width, offset=1),
         projected_BND=leaf(batch, count, width, offset=2),
-        answer_logits_AV=leaf(len(side.answer_A2), VOCABULARY, offset=3),
+        answer_logits=leaf(len(side.answer_A2), VOCABULARY, offset=3),
         side=side,
     )
 
 
 def frozen(outputs: Outputs) -> Outputs:
-    names = ("hidden_BSD", "visual_BND", "projected_BND", "answer_logits_AV")
-    return replace(outputs, **{name: getattr(outputs, name).detach() for name in names})
+    names = ("hidden_BSD", "visual_BND", "projected_BND")
+    states = {name: getattr(outputs, name).detach() for name in names}
+    return replace(outputs, answer_logits=outputs.answer_logits_AV.detach(), **states)
 
 
 def make_batch(rows: int = 3) -> Batch:
@@ -90,9 +91,9 @@ def make_pair(batch: Batch, dtype: torch.dtype = torch.float64) -> tuple[Outputs
 def test_cross_entropy_against_plain_loops_and_empty() -> None:
     logits, targets = seeded(3, 5), torch.tensor([4, 0, 2])
     expected = [float(torch.logsumexp(row, 0) - row[t]) for row, t in zip(logits, targets, strict=True)]
-    assert float(answer_cross_entropy(logits, targets)) == pytest.approx(sum(expected) / 3)
-    assert answer_cross_entropy(logits.bfloat16(), targets).dtype == torch.float32
-    empty = answer_cross_entropy(torch.zeros(0, 5, requires_grad=True), targets[:0])
+    assert float(answer_cross_entropy(AnswerLogits(logits), targets)) == pytest.approx(sum(expected) / 3)
+    assert answer_cross_entropy(AnswerLogits(logits.bfloat16()), targets).dtype == torch.float32
+    empty = answer_cross_entropy(AnswerLogits(torch.zeros(0, 5, requires_grad=True)), targets[:0])
     assert float(empty.detach()) == 0 and empty.requires_grad
 
 
@@ -123,7 +124,7 @@ def test_total_is_the_weighted_sum_and_everything_moves(strict: bool) -> None:
     terms.total.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())  # DDP needs them all
     assert all(p.grad is None for p in head.parameters())
-    for tensor in (student.hidden_BSD, student.visual_BND, student.answer_logits_AV):
+    for tensor in (student.hidden_BSD, student.visual_BND, student.answer_logits.states_AD):
         if strict or tensor is not student.hidden_BSD or objective.uses_alignment:
             assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0
 
@@ -369,7 +370,7 @@ def test_order_of_records_does_not_matter() -> None:
     answers = student.answer_logits_AV.unflatten(0, (3, 2))[order].flatten(0, 1)
     shuffled = [replace(out, **{name: getattr(out, name)[order] for name in states}) for out in (student, teacher)]
     expected = objective(student, teacher, batch, output_head=head).values
-    found = objective(replace(shuffled[0], side=side, answer_logits_AV=answers), shuffled[1], batch, output_head=head)
+    found = objective(replace(shuffled[0], side=side, answer_logits=answers), shuffled[1], batch, output_head=head)
     for name, value in expected.items():
         assert_close(found.values[name], value)
 
@@ -388,7 +389,7 @@ def test_nothing_to_learn_from_is_zero_on_the_graph(strict: bool) -> None:
             answer_ids_A=side.answer_ids_A[:0],
             visual_mask_BN=side.visual_mask_BN & False,
         )
-        return replace(outputs, side=side, answer_logits_AV=outputs.answer_logits_AV[:0])
+        return replace(outputs, side=side, answer_logits=outputs.answer_logits_AV[:0])
 
     objective = build(replace(ALL, strict=strict))
     terms = objective(emptied(student), emptied(teacher), batch, output_head=make_head(), diagnose=True)

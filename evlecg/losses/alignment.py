@@ -205,18 +205,6 @@ def alignment_loss(
     return masked_mean((student_BSD - aligned_BSD).square().mean(-1), mask_BS)
 
 
-def anchor_logits(aligned_BSD: Tensor, side: Side, output_head: nn.Module) -> Tensor:
-    """What the student's output head, frozen, reads off the aligned states before each answer token: [A, V].
-
-    Gradients reach the aligned states, never the head (`functional_call` with detached parameters).
-    """
-    aligned_AD = aligned_BSD[side.answer_A2[:, 0], side.answer_A2[:, 1] - 1]
-    frozen = {name: value.detach() for name, value in (*output_head.named_parameters(), *output_head.named_buffers())}
-    dtype = next((value.dtype for value in frozen.values() if value.is_floating_point()), aligned_AD.dtype)
-    with torch.autocast(aligned_AD.device.type, enabled=False):  # a bf16 head reads bf16: no float32 copy of [V, D]
-        return torch.func.functional_call(output_head, frozen, (aligned_AD.to(dtype), side))
-
-
 @torch.no_grad()
 @full_precision
 def variance_share(states_BSD: Tensor, mask_BS: Tensor) -> float | None:

@@ -24,6 +24,7 @@ vocabulary, K shared classes, Q questions, L groups of a question, R relation he
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,11 +34,12 @@ from torch.nn import functional as F
 
 from evlecg.errors import EvlecgError
 from evlecg.losses.bridge import Groups, answer_groups, class_log_probabilities, shared_classes
+from evlecg.losses.chunks import summed
 from evlecg.losses.relation import page_grid, pool_to_cells
 from evlecg.losses.stable import full_precision, layer_normalised, masked_mean, zero_where_masked
-from evlecg.losses.terms import answer_cross_entropy, weighted
+from evlecg.losses.terms import answer_cross_entropy, frozen_reading, no_answers, weighted
 from evlecg.recipe import BaselineConfig, ObjectiveConfig
-from evlecg.schema import Batch, LossTerms, ModelFacts, Outputs
+from evlecg.schema import AnswerLogits, Batch, LossTerms, ModelFacts, Outputs
 
 LEAST_LOG_P = math.log(1e-10)  # a class that one side cannot spell is improbable, not impossible
 
@@ -96,7 +98,7 @@ class Baseline(nn.Module):
         if teacher is None:
             raise ValueError("this objective reads a teacher, and was given none")
         parts = self.term(student, teacher, batch, (output_head, teacher_head))
-        values = {"ce": answer_cross_entropy(student.answer_logits_AV, student.side.answer_ids_A), **parts}
+        values = {"ce": answer_cross_entropy(student.answer_logits, student.side.answer_ids_A), **parts}
         share = self.alpha * ramp * self.config.weight
         weights = {name: share * self.part_weight(name) for name in parts}
         return weighted(values, {"ce": 1 - self.alpha, **weights})
@@ -137,11 +139,12 @@ class Divergence(Baseline):
         """The divergence, averaged over groups."""
         groups = answer_groups(student.side, teacher.side)
         if not len(groups):
-            return {self.name: student.answer_logits_AV.sum() * 0}
-        return {self.name: self._divergence(*_starts(student, teacher, groups), groups.opens_G)}
+            return {self.name: no_answers(student.answer_logits)}
+        total = summed(self._divergence_sum, *_starts(student, teacher, groups), groups.opens_G)
+        return {self.name: total / len(groups)}
 
     @full_precision
-    def _divergence(self, student_GV: Tensor, teacher_GV: Tensor, opens_G: Tensor) -> Tensor:
+    def _divergence_sum(self, student_GV: Tensor, teacher_GV: Tensor, opens_G: Tensor) -> Tensor:
         temperature = self.config.temperature
         student_GV, teacher_GV = student_GV / temperature, teacher_GV / temperature
         if self.same_ids:
@@ -157,7 +160,7 @@ class Divergence(Baseline):
                     for logp_GV, class_V in zip((student_GV, teacher_GV), classes, strict=True)
                 ))  # fmt: skip
         sums = [divergence(self.kind, student, teacher, beta=self.config.beta).sum() for student, teacher in pairs]
-        return temperature**2 * torch.stack(sums).sum() / len(opens_G)
+        return temperature**2 * torch.stack(sums).sum()
 
 
 class ReverseDivergence(Divergence):
@@ -191,18 +194,19 @@ class Uld(Baseline):
         """The distance, averaged over groups."""
         groups = answer_groups(student.side, teacher.side)
         if not len(groups):
-            return {"uld": student.answer_logits_AV.sum() * 0}
-        return {"uld": uld_distance(*_starts(student, teacher, groups), self.config.temperature)}
+            return {"uld": no_answers(student.answer_logits)}
+        distance = functools.partial(uld_distance, temperature=self.config.temperature)
+        return {"uld": summed(distance, *_starts(student, teacher, groups)) / len(groups)}
 
 
 @full_precision
 def uld_distance(student_GV: Tensor, teacher_GV: Tensor, temperature: float) -> Tensor:
-    """Universal logit distance of two sets of logits over different vocabularies (Boizard 2025, equation 6)."""
+    """Universal logit distance of two sets of logits over different vocabularies, summed (Boizard 2025, equation 6)."""
     student_GV, teacher_GV = ((x / temperature).softmax(-1).sort(descending=True).values
                               for x in (student_GV, teacher_GV))  # fmt: skip
     size = max(student_GV.shape[1], teacher_GV.shape[1])
     student_GV, teacher_GV = (F.pad(x, (0, size - x.shape[1])) for x in (student_GV, teacher_GV))
-    return (student_GV - teacher_GV).abs().sum(-1).mean()
+    return (student_GV - teacher_GV).abs().sum()
 
 
 class MultiLevelOt(Baseline):
@@ -220,9 +224,11 @@ class MultiLevelOt(Baseline):
         groups = answer_groups(student.side, teacher.side)
         names = ("mlot_difference", "mlot_log", "mlot_sinkhorn")
         if not len(groups):
-            return {name: student.answer_logits_AV.sum() * 0 for name in names}
+            return {name: no_answers(student.answer_logits) for name in names}
+        levels = functools.partial(multilevel_ot, temperature=self.config.temperature, top_k=self.config.top_k)
         starts = _starts(student, teacher, groups)
-        parts = multilevel_ot(*starts, groups.opens_G, temperature=self.config.temperature, top_k=self.config.top_k)
+        difference, log, sinkhorn = summed(levels, *starts, groups.opens_G, starts=groups.opens_G)
+        parts = (difference / len(groups), log / len(groups), sinkhorn / groups.opens_G.sum())
         return dict(zip(names, parts, strict=True))
 
     def part_weight(self, name: str) -> float:
@@ -231,10 +237,11 @@ class MultiLevelOt(Baseline):
 
 
 @full_precision
-def multilevel_ot(
-    student_GV: Tensor, teacher_GV: Tensor, opens_G: Tensor, *, temperature: float, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three levels of Multi-Level-OT; groups of a question follow one another, its first one opens it."""
+def multilevel_ot(student_GV: Tensor, teacher_GV: Tensor, opens_G: Tensor, *, temperature: float, top_k: int) -> Tensor:
+    """The three levels of Multi-Level-OT, summed over groups (the last one over questions): [3].
+
+    Groups of a question follow one another, its first one opens it.
+    """
     question_G = opens_G.long().cumsum(0) - 1
     place_G = torch.arange(len(opens_G), device=opens_G.device)
     place_G = place_G - place_G[opens_G][question_G]
@@ -250,16 +257,15 @@ def multilevel_ot(
         p_Gk = p_GV.gather(1, order_Qk[question_G])
         ranked.append(p_Gk.new_zeros(n_questions, longest, top_k).index_put((question_G, place_G), p_Gk))
     student_QLk, teacher_QLk = ranked
-    n_groups = len(opens_G)
-    difference = (student_QLk - teacher_QLk).abs().sum() / n_groups
-    log = -(teacher_QLk * student_QLk.clamp_min(1e-10).log()).sum() / n_groups
+    difference = (student_QLk - teacher_QLk).abs().sum()
+    log = -(teacher_QLk * student_QLk.clamp_min(1e-10).log()).sum()
     cost_QLL = (teacher_QLk[:, :, None] - student_QLk[:, None]).abs().sum(-1)
     pair_QLL = valid_QL[:, :, None] & valid_QL[:, None]
     plan_QLL = torch.where(pair_QLL, (-cost_QLL / 0.1).exp(), 0.0)
     for _ in range(20):
         plan_QLL = plan_QLL / plan_QLL.sum(2, keepdim=True).clamp_min(1e-9)
         plan_QLL = plan_QLL / plan_QLL.sum(1, keepdim=True).clamp_min(1e-9)
-    return difference, log, (plan_QLL * cost_QLL).sum((1, 2)).mean()
+    return torch.stack([difference, log, (plan_QLL * cost_QLL).sum()])
 
 
 class Dskd(Baseline):
@@ -287,7 +293,7 @@ class Dskd(Baseline):
         if teacher_head is None:
             raise ValueError("dskd reads the teacher's head, and was given none")
         if not len(student.side.answer_A2) or not len(teacher.side.answer_A2):
-            zero = student.answer_logits_AV.sum() * 0 + sum(p.sum() for p in self.parameters()) * 0
+            zero = no_answers(student.answer_logits) + sum(p.sum() for p in self.parameters()) * 0
             return {"dskd_answer": zero, "dskd_student": zero, "dskd_teacher": zero}
         with torch.no_grad():
             student_word_A2D, teacher_word_A2E = student_head.embed(student.side), teacher_head.embed(teacher.side)
@@ -307,15 +313,33 @@ class Dskd(Baseline):
         score = score.masked_fill(~same, -1e9)
         values = self.to_student(_unit_scale(teacher_word[:, 1]) + _unit_scale(teacher_AE))
         carried_AD = score.softmax(1) @ values
-        logits_AV = _read(student_head, carried_AD, student)
-        answer = F.cross_entropy(logits_AV.float(), student.side.answer_ids_A)
-        right_A = logits_AV.argmax(-1) == student.side.answer_ids_A
-        kl_A = divergence("kl", student.answer_logits_AV.float().log_softmax(-1),
-                          logits_AV.detach().float().log_softmax(-1), beta=0.5)  # fmt: skip
+        carried = frozen_reading(carried_AD, student.side, student_head)
+        targets_A, n_student = student.side.answer_ids_A, len(carried_AD)
+        answer, drawn, right = summed(_dskd_student, [student.answer_logits, carried], _every(n_student), targets_A)
         back_AE = score.T.softmax(1) @ self.to_teacher(student_AD)
-        back = divergence("kl", _read(teacher_head, back_AE, teacher).float().log_softmax(-1),
-                          teacher.answer_logits_AV.float().log_softmax(-1), beta=0.5)  # fmt: skip
-        return {"dskd_answer": answer, "dskd_student": masked_mean(kl_A, right_A), "dskd_teacher": back.mean()}
+        back = frozen_reading(back_AE, teacher.side, teacher_head)
+        missed = summed(_dskd_teacher, [back, teacher.answer_logits], _every(len(back_AE)))
+        return {"dskd_answer": answer / n_student, "dskd_student": drawn / right.detach().clamp_min(1),
+                "dskd_teacher": missed / len(back_AE)}  # fmt: skip
+
+
+@full_precision
+def _dskd_student(student_RV: Tensor, carried_RV: Tensor, targets_R: Tensor) -> Tensor:
+    """Sums over answer tokens: cross-entropy of the carried states; divergence where they are right; how many are."""
+    right_R = carried_RV.argmax(-1) == targets_R
+    kl_R = divergence("kl", student_RV.log_softmax(-1), carried_RV.detach().log_softmax(-1), beta=0.5)
+    answer = F.cross_entropy(carried_RV, targets_R, reduction="sum")
+    return torch.stack([answer, kl_R.masked_fill(~right_R, 0).sum(), right_R.sum().to(kl_R.dtype)])
+
+
+@full_precision
+def _dskd_teacher(back_RV: Tensor, teacher_RV: Tensor) -> Tensor:
+    return divergence("kl", back_RV.log_softmax(-1), teacher_RV.log_softmax(-1), beta=0.5).sum()
+
+
+def _every(n_rows: int) -> list[Tensor]:
+    """All rows, of both sides."""
+    return [torch.arange(n_rows)] * 2
 
 
 class MiniLm(Baseline):
@@ -508,9 +532,9 @@ def match_tokens(
     return torch.cat(mine), torch.cat(theirs), torch.cat(rows)
 
 
-def _starts(student: Outputs, teacher: Outputs, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Logits with which both sides start every group."""
-    return student.answer_logits_AV[groups.student_first_G], teacher.answer_logits_AV[groups.teacher_first_G]
+def _starts(student: Outputs, teacher: Outputs, groups: Groups) -> tuple[list[AnswerLogits], list[Tensor]]:
+    """Logits of both sides, and with which of them each starts every group."""
+    return [student.answer_logits, teacher.answer_logits], [groups.student_first_G, groups.teacher_first_G]
 
 
 def _predicting(outputs: Outputs) -> Tensor:
@@ -528,13 +552,6 @@ def _questions(outputs: Outputs) -> Tensor:
 def _unit_scale(x_AD: Tensor) -> Tensor:
     """Divided by the standard deviation of all its elements, as DSKD normalises."""
     return x_AD / x_AD.std().clamp_min(1e-6)
-
-
-def _read(head: nn.Module, states_AD: Tensor, outputs: Outputs) -> Tensor:
-    """Logits that a frozen head reads off states."""
-    frozen = {name: value.detach() for name, value in (*head.named_parameters(), *head.named_buffers())}
-    dtype = next((value.dtype for value in frozen.values() if value.is_floating_point()), states_AD.dtype)
-    return torch.func.functional_call(head, frozen, (states_AD.to(dtype), outputs.side))
 
 
 def _first_rows(batch: Batch) -> Tensor:

@@ -23,7 +23,6 @@ from evlecg.errors import EvlecgError
 from evlecg.losses.alignment import (
     CrossAligner,
     alignment_loss,
-    anchor_logits,
     cross_causal_mask,
     position_bias,
     predicting_positions,
@@ -35,7 +34,7 @@ from evlecg.losses.alignment import (
 from evlecg.losses.baselines import BASELINES, Baseline
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
-from evlecg.losses.terms import answer_cross_entropy, weighted
+from evlecg.losses.terms import answer_accuracy, answer_cross_entropy, frozen_reading, weighted
 from evlecg.losses.transport import (
     Transport,
     cell_cost,
@@ -47,7 +46,7 @@ from evlecg.losses.transport import (
     transport_loss,
 )
 from evlecg.recipe import ObjectiveConfig
-from evlecg.schema import Batch, LossTerms, ModelFacts, Outputs, Side
+from evlecg.schema import AnswerLogits, Batch, LossTerms, ModelFacts, Outputs, Side
 
 
 class CeObjective(nn.Module):
@@ -81,7 +80,7 @@ class CeObjective(nn.Module):
         diagnose: bool = False,
     ) -> LossTerms:
         """See `EvlObjective.forward`; reads `student` only."""
-        return weighted({"ce": answer_cross_entropy(student.answer_logits_AV, student.side.answer_ids_A)}, {"ce": 1})
+        return weighted({"ce": answer_cross_entropy(student.answer_logits, student.side.answer_ids_A)}, {"ce": 1})
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class _Terms:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     aligned_BSD: Tensor | None = None
-    anchor_logits_AV: Tensor | None = None
+    anchor_logits: AnswerLogits | None = None
     transport: Transport | None = None
     cell_mask_BC: Tensor | None = None
 
@@ -202,7 +201,7 @@ class EvlObjective(nn.Module):
                 and waits for the device.
         """
         config = self.config
-        values = {"ce": answer_cross_entropy(student.answer_logits_AV, student.side.answer_ids_A)}
+        values = {"ce": answer_cross_entropy(student.answer_logits, student.side.answer_ids_A)}
         weights = {
             "ce": 1 - config.alpha,
             "mhca": config.alpha * ramp * config.lambda_m,
@@ -254,9 +253,10 @@ class EvlObjective(nn.Module):
         loss = alignment_loss(student.hidden_BSD, aligned_BSD, mask_BS, anchored_BS, normalise=config.normalise)
         if config.anchor == 0:
             return _Terms({"mhca": loss}, aligned_BSD)
-        logits_AV = anchor_logits(aligned_BSD, student.side, output_head)
-        anchor = answer_cross_entropy(logits_AV, student.side.answer_ids_A)
-        return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits_AV)
+        row_A, place_A = student.side.answer_A2.unbind(1)
+        logits = frozen_reading(aligned_BSD[row_A, place_A - 1], student.side, output_head)
+        anchor = answer_cross_entropy(logits, student.side.answer_ids_A)
+        return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits)
 
     def transport(self, student: Outputs, teacher: Outputs, batch: Batch) -> Transport | None:
         """Plan and cost of a batch, None where the objective transports nothing."""
@@ -323,9 +323,8 @@ class EvlObjective(nn.Module):
             mask_BS = side.valid_BS if self.config.strict else self._scope(side, predicting_positions(side))
             found["mhca_variance_share"] = variance_share(terms.aligned_BSD, mask_BS)
             found["student_variance_share"] = variance_share(student.hidden_BSD, mask_BS)
-        if terms.anchor_logits_AV is not None and len(terms.anchor_logits_AV):
-            right_A = terms.anchor_logits_AV.argmax(-1) == student.side.answer_ids_A
-            found["anchor_accuracy"] = float(right_A.float().mean())
+        if terms.anchor_logits is not None and len(terms.anchor_logits):
+            found["anchor_accuracy"] = answer_accuracy(terms.anchor_logits, student.side.answer_ids_A)
         if terms.transport is not None:
             plan = terms.transport
             leads = [_leads(side, batch) for side in (teacher.side, student.side)]

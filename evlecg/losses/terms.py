@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evlecg.losses.chunks import summed
 from evlecg.losses.stable import full_precision
-from evlecg.schema import LossTerms
+from evlecg.schema import AnswerLogits, LossTerms, Side
 
 MOST_SCALE = 1e4  # of a balanced term, and one over the least
 
 
-@full_precision
-def answer_cross_entropy(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
+def answer_cross_entropy(logits: AnswerLogits, targets_A: Tensor) -> Tensor:
     """Mean cross-entropy over answer tokens in float32; zero, still on the graph, where there are none."""
     if len(targets_A) == 0:
-        return logits_AV.sum()
-    return F.cross_entropy(logits_AV, targets_A)
+        return no_answers(logits)
+    every_A = torch.arange(len(targets_A), device=targets_A.device)
+    return summed(_cross_entropy_sum, [logits], [every_A], targets_A) / len(targets_A)
+
+
+def no_answers(logits: AnswerLogits) -> Tensor:
+    """The zero of a term without answers, on the graph."""
+    return logits.states_AD.sum() * 0
+
+
+@torch.no_grad()
+def answer_accuracy(logits: AnswerLogits, targets_A: Tensor) -> float:
+    """Share of answer tokens that are the likeliest of all; there must be at least one."""
+    every_A = torch.arange(len(targets_A), device=targets_A.device)
+    right = summed(lambda logits_RV, targets_R: (logits_RV.argmax(-1) == targets_R).sum(), [logits], [every_A],
+                   targets_A)  # fmt: skip
+    return float(right) / len(targets_A)
+
+
+def frozen_reading(states_AD: Tensor, side: Side, output_head: nn.Module) -> AnswerLogits:
+    """What an output head, frozen, reads off states that stand for those before each answer token.
+
+    Gradients reach the states, never the head (`functional_call` with detached parameters).
+    """
+    frozen = {name: value.detach() for name, value in (*output_head.named_parameters(), *output_head.named_buffers())}
+    dtype = next((value.dtype for value in frozen.values() if value.is_floating_point()), states_AD.dtype)
+
+    def read(states_RD: Tensor, rows_R: Tensor | slice) -> Tensor:
+        with torch.autocast(states_RD.device.type, enabled=False):  # a bf16 head reads bf16: no float32 copy of [V, D]
+            told = (states_RD.to(dtype), side.with_answers(rows_R))
+            return torch.func.functional_call(output_head, frozen, told)
+
+    return AnswerLogits(states_AD, read)
+
+
+@full_precision
+def _cross_entropy_sum(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+    return F.cross_entropy(logits_RV, targets_R, reduction="sum")
 
 
 def balanced(

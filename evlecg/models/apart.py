@@ -31,7 +31,7 @@ from evlecg.errors import EvlecgError
 from evlecg.models.positions import measure_boxes
 from evlecg.page.layout import batch_cells
 from evlecg.page.render import Page
-from evlecg.schema import Outputs, Side
+from evlecg.schema import AnswerLogits, Outputs, Side
 
 if TYPE_CHECKING:
     from evlecg.models.encode import Encoder, Turn
@@ -542,7 +542,7 @@ def forward(loaded: Loaded, side: Side, *, visual_layer: int, model: Any) -> Out
         hidden_BSD=hidden_BSD.gather(1, source_BS[..., None].expand(-1, -1, hidden_BSD.shape[-1])),
         visual_BND=visual_BND,
         projected_BND=projected_BND,
-        answer_logits_AV=logits_BTV[side.answer_A2[:, 0], place_A],
+        answer_logits=AnswerLogits(logits_BTV[side.answer_A2[:, 0], place_A]),
         side=side,
     )
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evlecg.errors import EvlecgError
-from evlecg.schema import LEADS, ModelFacts, Outputs, Side
+from evlecg.schema import LEADS, AnswerLogits, ModelFacts, Outputs, Side
 
 READOUT = "readout.safetensors"
 MOST_PREFIX = 16  # class, distillation and register tokens in front of a grid
@@ -252,8 +252,8 @@ def classifier_outputs(classifier: Classifier, side: Side, *, visual_layer: int 
         hidden_BSD=hidden_BSD,
         visual_BND=seen["visual"],
         projected_BND=seen["projected"],
-        answer_logits_AV=label_logits(
-            seen["logits"][side.answer_A2[:, 0]], side.answer_label_A, classifier.exclusive
+        answer_logits=AnswerLogits(
+            label_logits(seen["logits"][side.answer_A2[:, 0]], side.answer_label_A, classifier.exclusive)
         ),
         side=side,
     )  # fmt: skip

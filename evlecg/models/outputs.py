@@ -23,7 +23,7 @@ from evlecg.models.classifier import ClassifierHead, classifier_outputs
 from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
 from evlecg.models.views import AnyEncoder
-from evlecg.schema import Batch, Outputs, Side
+from evlecg.schema import AnswerLogits, Batch, Outputs, Side
 
 
 def forward(
@@ -51,27 +51,35 @@ def forward(
     if bool((side.block_BS > 1).any()):
         inputs["attention_mask"] = _tree_masks(loaded, side, _dtype(model))
         inputs["position_ids"] = _model_positions(loaded, side)
-    keep_U, place_A = torch.unique(predict_A2[:, 1] - 1, return_inverse=True)
     if "logits_to_keep" in forward_keys:
-        inputs["logits_to_keep"] = keep_U
+        inputs["logits_to_keep"] = 1  # the losses read theirs off the states, a few at a time
     with (
         _last_attention(loaded) if attention else contextlib.nullcontext({}) as seen,
         _final_states(loaded.model) as final,
     ):
         result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
-    logits_BUV = result.logits
-    if "logits_to_keep" not in forward_keys:
-        logits_BUV = logits_BUV[:, keep_U]
     layers = [_one_stream(layer, side.valid_BS) for layer in result.hidden_states]
     layers[-1:] = final[-1:] or layers[-1:]
     return Outputs(
         hidden_BSD=layers[-1],
         visual_BND=gather_visual(layers[visual_layer], side.visual_BS),
         projected_BND=gather_visual(layers[loaded.checkpoint.family.projected_layer], side.visual_BS),
-        answer_logits_AV=logits_BUV[predict_A2[:, 0], place_A],
+        answer_logits=_answer_logits(loaded, layers[-1][predict_A2[:, 0], predict_A2[:, 1] - 1], side),
         side=side,
         attention={name: gather_visual(states_BSD, side.visual_BS) for name, states_BSD in seen.items()},
     )
+
+
+def _answer_logits(loaded: Loaded, states_AD: Tensor, side: Side) -> AnswerLogits:
+    """What the model's own head reads off the states before its answers, in the precision that the model ran in."""
+    head, kind = AnswerHead(loaded), states_AD.device.type
+    autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+
+    def read(states_RD: Tensor, rows_R: Tensor | slice) -> Tensor:
+        with autocast:
+            return head(states_RD, side.with_answers(rows_R))
+
+    return AnswerLogits(states_AD, read)
 
 
 @contextlib.contextmanager

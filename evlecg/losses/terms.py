@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from evlecg.losses.stable import full_precision
-from evlecg.schema import LossTerms
+from evlecg.schema import LossTerms, Side
 
 MOST_SCALE = 1e4  # of a balanced term, and one over the least
 
@@ -18,6 +20,11 @@ def answer_cross_entropy(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
     if len(targets_A) == 0:
         return logits_AV.sum()
     return F.cross_entropy(logits_AV, targets_A)
+
+
+def answer_count(side: Side) -> Tensor:
+    """How many answer tokens there are: what `answer_cross_entropy` is a mean over."""
+    return torch.tensor(len(side.answer_A2), device=side.answer_A2.device)
 
 
 def balanced(
@@ -55,6 +62,17 @@ def rescaled(terms: LossTerms, scales: dict[str, float]) -> LossTerms:
         return terms
     weights = {name: weight * scales.get(name, 1.0) for name, weight in terms.weights.items()}
     return weighted(terms.values, weights, terms.diagnostics)
+
+
+def shared_out(terms: LossTerms, shares: Mapping[str, Tensor]) -> Tensor:
+    """The total of a part of a step: every term times the part's share of what the step's mean is taken over.
+
+    Args:
+        terms: of one batch.
+        shares: by term; they sum to 1 over the parts of a step (or to the number of processes, where gradients are
+            averaged over them).
+    """
+    return torch.stack([value * (terms.weights[name] * shares[name]) for name, value in terms.values.items()]).sum()
 
 
 def weighted(

@@ -281,8 +281,9 @@ def multilevel_ot(
     pair_QLL = valid_QL[:, :, None] & valid_QL[:, None]
     plan_QLL = torch.where(pair_QLL, (-cost_QLL / 0.1).exp(), 0.0)
     for _ in range(20):
-        plan_QLL = plan_QLL / plan_QLL.sum(2, keepdim=True).clamp_min(1e-9)
-        plan_QLL = plan_QLL / plan_QLL.sum(1, keepdim=True).clamp_min(1e-9)
+        # where a question has no group the sums are 0, and their floor, 20 times over, would be an infinite slope
+        plan_QLL = plan_QLL / plan_QLL.sum(2, keepdim=True).clamp_min(1e-9).masked_fill(~valid_QL[:, :, None], 1)
+        plan_QLL = plan_QLL / plan_QLL.sum(1, keepdim=True).clamp_min(1e-9).masked_fill(~valid_QL[:, None], 1)
     return difference, log, (plan_QLL * cost_QLL).sum((1, 2)).mean()
 
 

@@ -16,7 +16,7 @@ from evlecg.page.render import page_style
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.training.estimate import adapt_student, step_memory, tell_memory
-from evlecg.training.processes import accelerator_of, is_sharded, shard_teacher
+from evlecg.training.processes import accelerator_of, is_sharded, shard_teacher, tell_unused
 from evlecg.training.processes import prepared as prepared_models
 from evlecg.training.step import Job
 
@@ -164,6 +164,7 @@ def build(
     total = train.epochs * math.ceil(batches / train.accumulation)
     if train.max_steps is not None:
         total = min(total, train.max_steps)
+    tell_unused(accelerator, student, builder([0]).student)
     model, optimizer, schedule = prepared_models(accelerator, recipe, student.model, objective, total_steps=total)
     sharded = is_sharded(accelerator)
     if not sharded and not all(parameter.requires_grad for parameter in student.model.parameters()):

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from evlecg.errors import EvlecgError
+from evlecg.models.load import Loaded
 from evlecg.recipe import Recipe
+from evlecg.schema import Side
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -53,10 +55,10 @@ def accelerator_of(recipe: Recipe) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    # parts of a model may have no use here: the last layer of a tower that is read one layer earlier, a pooling head
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # a step sums its batches itself (training/step.py): accelerate must not divide by their number as well
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, kwargs_handlers=[unused])
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs()]
+    )
     if is_sharded(accelerator):
         _check_sharded(accelerator, recipe)
     return accelerator
@@ -85,6 +87,30 @@ def _check_sharded(accelerator: Any, recipe: Recipe) -> None:
             raise EvlecgError("DeepSpeed counts batches itself", where="train.accumulation", hint="set it to 1")
         # it asks for the size of batches, and sees none
         accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.train.batch_size
+
+
+def tell_unused(accelerator: Any, student: Loaded, side: Side) -> None:
+    """Has DDP look for unused weights on every step where the student has some, and only there: looking takes time.
+
+    A tower that is read one layer before its last has them, and a head that pools what is read unpooled; classifiers of
+    signals leave layers out at random.
+
+    Args:
+        accelerator: from `accelerator_of`; its student is not prepared yet.
+        student: on its device.
+        side: its half of a batch.
+    """
+    import torch
+
+    from evlecg.models.outputs import forward, to_device
+
+    if accelerator.num_processes == 1 or is_sharded(accelerator):
+        return
+    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+    logits_AV = forward(student, to_device(side, accelerator.device)).answer_logits_AV
+    found = torch.autograd.grad(logits_AV.float().sum(), trained, allow_unused=True)
+    unused = any(gradient is None for gradient in found)
+    accelerator.ddp_handler.find_unused_parameters = unused or student.checkpoint.kind != "text"
 
 
 def prepared(accelerator: Any, recipe: Recipe, model: Any, objective: Any, *, total_steps: int) -> tuple[Any, Any, Any]:

@@ -79,10 +79,12 @@ def distill(
     # models load here; nothing is on disk yet
     job = build(recipe, prepared, samples, labels, progress, force=force)
 
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+    job.accelerator.wait_for_everyone()  # all have looked at `out`
+    if job.accelerator.is_main_process:
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
     state = _restore(job, out, progress) if resume else Position()
     if state.step == 0:
         keep_spectra(job, out, "before")
@@ -180,7 +182,10 @@ def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str,
     weak: set[str] = set()
     start_s, first_step = time.monotonic(), state.step
     train_mode(job.model)
-    with _metrics_file(out, state.step) as log, progress.task(recipe.name, job.total_steps) as advance:
+    with (
+        _metrics_file(out, state.step, accelerator.is_main_process) as log,
+        progress.task(recipe.name, job.total_steps) as advance,
+    ):
         advance(state.step)
         while state.step < job.total_steps:
             batches = batches_of(job, state.epoch)
@@ -205,7 +210,7 @@ def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str,
                                       "weight, or set objective.balance=gradnorm")  # fmt: skip
                 if wants_row or wants_gradients:
                     row = {"step": state.step, "epoch": state.epoch, "seconds": time.monotonic() - start_s, **told}
-                    if accelerator.is_main_process:
+                    if log is not None:
                         log.write(json.dumps(row) + "\n")
                         log.flush()
                 advance(1, loss=f"{row['loss']:.3f}")
@@ -223,9 +228,12 @@ def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str,
 
 
 @contextlib.contextmanager
-def _metrics_file(out: Path, step: int) -> Iterator[Any]:
-    """metrics.jsonl, open for appending, without rows that a resumed run is about to write again."""
+def _metrics_file(out: Path, step: int, writes: bool) -> Iterator[Any]:
+    """metrics.jsonl, open for appending, without rows that a resumed run is about to write again; None: not here."""
     path = out / "metrics.jsonl"
+    if not writes:
+        yield None
+        return
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
         write_text_atomic(path, "".join(line + "\n" for line in kept))

@@ -289,7 +289,9 @@ class LogConfig:
     """What metrics.jsonl holds and how often."""
 
     every: int = _key(10, "steps between log lines", low=1)
-    gradients_every: int = _key(50, "steps between gradient norms of every term; 0 never", low=0)
+    gradients_every: int = _key(
+        50, "steps between gradient norms of every term; 0 never (nor where weights are sharded)", low=0
+    )
     figures: bool = _key(True, "draw transport plan, singular values and curves into RUN/figures")
 
 

@@ -75,6 +75,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
 
     recipe, accelerator = job.recipe, job.accelerator
     told: dict[str, Any] = {}
+    gradients = gradients and not job.sharded  # a term's gradient by itself cannot be taken on shards
     shares = step_shares(job, group)
     tells = diagnose or gradients
     sums: dict[str, Any] = {}

@@ -22,8 +22,9 @@ def join() -> None:
     """Meets the others, and takes this process's device as the default one."""
     if world() > 1:
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        PartialState()
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def gathered(items: list[T]) -> list[T]:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from evlecg import launch
+from evlecg.distill import distill
+from evlecg.errors import EvlecgError
+from evlecg.evaluate import evaluate
 from evlecg.losses.objective import METHODS
 from evlecg.progress import Progress
 from evlecg.recipe import load_recipe, parse_set
+from evlecg.training.processes import accelerator_of
 
 TERMS = ["objective.lambda_m=0.3", "objective.lambda_r=1", "objective.lambda_ot=0.5", "log.gradients_every=2"]
 QUESTIONS = ["data.labels=[NORM, MI]", "data.tasks=[yes_no, choose_all, multiple_choice, report]"]
@@ -182,3 +192,82 @@ def test_a_batch_that_is_not_counted_moves_nothing(pair):
     expected, found = gradients_of(job, [builder([1, 2])]), gradients_of(job, [builder([1, 2]), filler])
     for name, gradient in expected.items():
         assert_close(found[name], gradient, atol=1e-7, rtol=1e-6)
+
+
+SHARDS = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
+
+
+def sharded(chosen: Any, data: Path, out: Path) -> dict[str, Any]:
+    """Trains in shards, then once more from a checkpoint in between; says how much of the weights was here."""
+    from accelerate.state import AcceleratorState
+
+    from evlecg import distill as jobs
+
+    os.environ |= SHARDS
+    here: dict[str, float] = {}
+    draw = jobs.draw_figures
+
+    def note(job: Any, folder: Path) -> None:
+        for role, model in (("student", job.student.model), ("teacher", job.teacher.model)):
+            # what the head reads stays whole between passes
+            local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+            whole = sum(p.numel() for p in model.parameters())
+            here[role] = local / whole
+        draw(job, folder)
+
+    jobs.draw_figures = note
+    jobs.distill(chosen, data=data, out=out)
+    weights = load_file(out / "student" / "model.safetensors") if launch.rank() == 0 else {}
+    torch.distributed.barrier()
+    if launch.rank() == 0:
+        for folder in (out / "checkpoints").iterdir():
+            if folder.name > "step-00000001":
+                shutil.rmtree(folder)
+        shutil.rmtree(out / "student")
+    torch.distributed.barrier()
+    AcceleratorState._reset_state()
+    jobs.distill(chosen, data=data, out=out, resume=True)
+    return {"weights": weights, "here": here}
+
+
+def test_shards_train_as_whole_models_do_and_are_saved_whole(checkpoints, synthetic, tmp_path):
+    sets = (*TERMS[:3], "checkpoint.every=1", "checkpoint.keep_last=9")
+    found = on_processes(sharded, recipe(checkpoints, 4, *sets), synthetic, tmp_path / "shards")
+    assert found["here"]["student"] < 0.8 and found["here"]["teacher"] < 0.8
+    distill(recipe(checkpoints, 8, *sets), data=synthetic, out=tmp_path / "whole")
+    expected = load_file(tmp_path / "whole" / "student" / "model.safetensors")
+    resumed = load_file(tmp_path / "shards" / "student" / "model.safetensors")
+    assert set(found["weights"]) == set(resumed) == set(expected)
+    for name, value in expected.items():
+        assert_close(found["weights"][name], value, atol=2e-5, rtol=0)
+        assert torch.equal(resumed[name], found["weights"][name]), name
+
+
+def scored(model: Path, data: Path, out: Path) -> int:
+    evaluate(str(model), data=data, out=out, n_boot=20, batch_size=3, robustness=("noise",))
+    return 0
+
+
+def test_scores_are_gathered_once_each(checkpoints, synthetic, tmp_path):
+    on_processes(scored, checkpoints["idefics3"], synthetic, tmp_path / "two")
+    scored(checkpoints["idefics3"], synthetic, tmp_path / "one")
+    for name in ("predictions.jsonl", "predictions_val.jsonl"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["robustness"] == reports[1]["robustness"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize(("key", "why"), [("lora.rank=4", "merged"), ("objective.balance=gradnorm", "gradient")])
+def test_what_shards_cannot_do_is_refused(checkpoints, monkeypatch, key, why):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
+    with pytest.raises(EvlecgError, match=why):
+        accelerator_of(recipe(checkpoints, 4, key))
+    accelerator.is_fsdp2 = False
+    with pytest.raises(EvlecgError, match="first version"):
+        accelerator_of(recipe(checkpoints, 4))

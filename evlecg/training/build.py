@@ -116,6 +116,8 @@ def build(
         check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints)
         memory = fits(packs)
 
+    if train.compile:
+        adapt.check_compiler(accelerator.device)
     set_seed(recipe.seed)
     student = models.load(checkpoints[0], dtype=train.dtype, seed=recipe.seed, processor=processors[0], labels=labels,
                           signal=recipe.student_signal)  # fmt: skip
@@ -164,6 +166,10 @@ def build(
     total = train.epochs * math.ceil(batches / train.accumulation)
     if train.max_steps is not None:
         total = min(total, train.max_steps)
+    if train.compile:  # the checks above ran without: a pass or two are not worth a minute
+        for loaded in (student, teacher):
+            if loaded is not None:
+                adapt.compile_layers(loaded.model)
     tell_unused(accelerator, student, builder([0]).student)
     model, optimizer, schedule = prepared_models(accelerator, recipe, student.model, objective, total_steps=total)
     sharded = is_sharded(accelerator)
@@ -196,6 +202,9 @@ def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None
     if rows < METHODS[name].least_rows:
         raise EvlecgError(f"{name} compares the records of a batch with one another: {rows} are too few",
                           where="train.batch_size", hint=f"at least {METHODS[name].least_rows}")  # fmt: skip
+    if recipe.train.compile and "attention" in needs:
+        raise EvlecgError(f"{name} reads queries and keys inside a layer, which a compiled one does not show",
+                          where="train.compile", hint="set train.compile=false")  # fmt: skip
     unkept = needs & {"attention", "logits"} if recipe.train.remember_teacher else frozenset()
     if unkept:
         raise EvlecgError(f"{name} reads the teacher's {' and '.join(sorted(unkept))}, which are not remembered",

@@ -142,6 +142,8 @@ def prepared(accelerator: Any, recipe: Recipe, model: Any, objective: Any, *, to
         return model, optimizer, schedule
     optimizer = optimizer_of(recipe, model, None)
     schedule = _schedule(recipe, optimizer, total_steps)
+    if accelerator.is_fsdp2:
+        _cut_at_layers(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if not own:
         accelerator.register_for_checkpointing(schedule)
@@ -184,7 +186,20 @@ def shard_teacher(accelerator: Any, model: Any) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     model.requires_grad_(False)
+    _cut_at_layers(accelerator, model)
     fsdp2_prepare_model(accelerator, model)
+
+
+def _cut_at_layers(accelerator: Any, model: Any) -> None:
+    """Has accelerate's wrapping policy cut a model at its own layers: of two models it keeps the first one's names."""
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    from evlecg.models.adapt import layers
+
+    plugin = accelerator.state.fsdp_plugin
+    if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is transformer_auto_wrap_policy:
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers(model)})
 
 
 def whole_weights(accelerator: Any, model: Any) -> dict[str, Any] | None:

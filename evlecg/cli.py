@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failure, 2 bad input, 3 a quality gate not met. Heavy modu
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from enum import Enum
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evlecg import __version__
+from evlecg import __version__, launch
 from evlecg.errors import EvlecgError
 from evlecg.progress import ConsoleProgress, Progress
 
@@ -135,7 +134,7 @@ def prepare(
         counts=counts if dataset == "synthetic" else None, signals=_named_folders(signals or []), table=table,
         exclude=tuple(exclude or ()), workers=workers, progress=_progress(quiet, verbose),
     )  # fmt: skip
-    if _rank():
+    if launch.rank():
         return
     if as_json:
         return _print_json(summary.to_dict())
@@ -222,13 +221,15 @@ def distill(
         recipe = "quickstart"
     resolved = load_recipe(recipe, overrides | parse_set(set_ or []))
     if out is None:
-        out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{resolved.name}"
+        out = launch.from_first(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{resolved.name}")
 
     from evlecg.pipeline import rehearse_line, run_line  # torch loads here: bad recipes have failed by now
 
     progress = _progress(quiet, verbose)
     if dry_run:
         rehearsed = rehearse_line(resolved, force=force, progress=progress)
+        if launch.rank():
+            return None
         if as_json:
             return _print_json(rehearsed.to_dict())
         typer.echo(
@@ -237,6 +238,8 @@ def distill(
         )
         return None
     result = run_line(resolved, out=out, resume=resume, overwrite=overwrite, force=force, progress=progress)
+    if launch.rank():
+        return None
     if as_json:
         return _print_json(result.to_dict())
     if result.reports:
@@ -365,13 +368,16 @@ def eval_(
     if predictions is None and model == "runs/latest" and not Path(model).exists():
         raise EvlecgError("there is no run to score yet", where=model, hint="evlecg distill, or --model MODEL")
     if out is None:
-        out = Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(dataset).name}-{split.value}"
+        named = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(dataset).name}-{split.value}"
+        out = launch.from_first(Path("reports") / named)
     report = evaluate(
         model, data=data, out=out, split=split.value, labels=only_labels, batch_size=batch_size,
         max_records=max_records, thresholds_from=thresholds_from, gates=gates, robustness=disturbances, cost=cost,
         kind=kind.value, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, overwrite=overwrite,
         protocol=protocol, text=TextProtocol(parser, predictions, judged, max_new_tokens, seed), progress=progress,
     )  # fmt: skip
+    if launch.rank():
+        return
     if junit is not None:
         write_junit(junit, report.gates, f"{model} on {report.dataset} ({report.split})")
     if as_json:
@@ -404,7 +410,7 @@ def _compare(
     if to_score and dataset is None:
         raise EvlecgError(f"{to_score[0]} is not a report folder, hence is to be scored", where="--dataset",
                           hint="evlecg eval --compare A B --dataset NAME")  # fmt: skip
-    out = out or Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-compared"
+    out = out or launch.from_first(Path("reports") / f"{time.strftime('%Y%m%d-%H%M%S')}-compared")
     short = {name: Path(name).name for name in named}
     if len(set(short.values())) < len(short):
         short = {name: name for name in named}
@@ -418,6 +424,8 @@ def _compare(
                 name, data=named_data(dataset, progress=progress), out=folders[short[name]], overwrite=overwrite,
                 progress=progress, **scoring,
             )  # fmt: skip
+    if launch.rank():
+        return None
     found = compare_reports(folders, out=out, overwrite=overwrite)
     if as_json:
         return _print_json(found.to_dict())
@@ -497,11 +505,6 @@ def _fail(error: EvlecgError) -> None:
         _print_json({"error": {"what": error.what, "where": error.where, "hint": error.hint}})
 
 
-def _rank() -> int:
-    """Under accelerate launch one process speaks."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _named_folders(pairs: list[str]) -> dict[str, Path]:
     folders = {}
     for pair in pairs:
@@ -552,7 +555,7 @@ def _print_catalogue(labels: bool, as_json: bool) -> None:
 
 
 def _progress(quiet: bool, verbose: bool) -> Progress:
-    if _rank():
+    if launch.rank():
         return Progress()
     return ConsoleProgress(-1 if quiet else int(verbose))
 

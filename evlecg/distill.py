@@ -26,7 +26,8 @@ from evlecg.recipe import Recipe
 from evlecg.report import environment
 from evlecg.training.build import build, opened
 from evlecg.training.look import draw_figures, keep_spectra
-from evlecg.training.step import Job, Position, grouped, loader, step, weak_terms
+from evlecg.training.processes import whole_weights
+from evlecg.training.step import Job, Position, batches_of, grouped, loader, step, weak_terms
 
 MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
 REHEARSED_STEPS = 3
@@ -78,10 +79,12 @@ def distill(
     # models load here; nothing is on disk yet
     job = build(recipe, prepared, samples, labels, progress, force=force)
 
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
+    job.accelerator.wait_for_everyone()  # all have looked at `out`
+    if job.accelerator.is_main_process:
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(out / "recipe.yaml", recipe.to_yaml())
     state = _restore(job, out, progress) if resume else Position()
     if state.step == 0:
         keep_spectra(job, out, "before")
@@ -89,8 +92,7 @@ def distill(
     keep_spectra(job, out, "after")
     draw_figures(job, out)
 
-    if job.accelerator.is_main_process:
-        _save_student(job, out)  # adapters are merged here
+    _save_student(job, out)  # adapters are merged here
     seconds = time.monotonic() - start_s
     result = RunResult(out, state.step, seconds, len(samples), job.student.n_parameters, last)
     if job.accelerator.is_main_process:
@@ -155,15 +157,11 @@ def _timed_steps(job: Job) -> tuple[float, float]:
     The first of a process also pays for allocators and kernels; a run of one step has no other.
     """
     from evlecg.models.adapt import train_mode
-    from evlecg.models.batch import epoch_batches
 
     recipe, taken_s = job.recipe, []
     train_mode(job.student.model)
-    batches = epoch_batches(
-        len(job.builder.samples), recipe.train.batch_size, seed=recipe.seed, epoch=0,
-        process=job.accelerator.process_index, processes=job.accelerator.num_processes,
-    )  # fmt: skip
-    groups = grouped(loader(job, batches[: REHEARSED_STEPS * recipe.train.accumulation], 0), recipe.train.accumulation)
+    batches = batches_of(job, 0)[: REHEARSED_STEPS * recipe.train.accumulation]
+    groups = grouped(loader(job, batches, 0), recipe.train.accumulation)
     begun_s = time.monotonic()
     for group in groups:
         if step(job, group, Position(), diagnose=False, gradients=False) is None:
@@ -177,7 +175,6 @@ def _timed_steps(job: Job) -> tuple[float, float]:
 def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str, Any]:
     """Steps from `state` to the end; returns the last logged row."""
     from evlecg.models.adapt import train_mode
-    from evlecg.models.batch import epoch_batches
 
     recipe, accelerator = job.recipe, job.accelerator
     row: dict[str, Any] = {}
@@ -185,13 +182,13 @@ def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str,
     weak: set[str] = set()
     start_s, first_step = time.monotonic(), state.step
     train_mode(job.model)
-    with _metrics_file(out, state.step) as log, progress.task(recipe.name, job.total_steps) as advance:
+    with (
+        _metrics_file(out, state.step, accelerator.is_main_process) as log,
+        progress.task(recipe.name, job.total_steps) as advance,
+    ):
         advance(state.step)
         while state.step < job.total_steps:
-            batches = epoch_batches(
-                len(job.builder.samples), recipe.train.batch_size, seed=recipe.seed, epoch=state.epoch,
-                process=accelerator.process_index, processes=accelerator.num_processes,
-            )  # fmt: skip
+            batches = batches_of(job, state.epoch)
             for group in grouped(loader(job, batches[state.batch :], state.epoch), recipe.train.accumulation):
                 wants_row = state.step == first_step or (state.step + 1) % recipe.log.every == 0
                 wants_gradients = recipe.log.gradients_every > 0 and state.step % recipe.log.gradients_every == 0
@@ -213,7 +210,7 @@ def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str,
                                       "weight, or set objective.balance=gradnorm")  # fmt: skip
                 if wants_row or wants_gradients:
                     row = {"step": state.step, "epoch": state.epoch, "seconds": time.monotonic() - start_s, **told}
-                    if accelerator.is_main_process:
+                    if log is not None:
                         log.write(json.dumps(row) + "\n")
                         log.flush()
                 advance(1, loss=f"{row['loss']:.3f}")
@@ -231,9 +228,12 @@ def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str,
 
 
 @contextlib.contextmanager
-def _metrics_file(out: Path, step: int) -> Iterator[Any]:
-    """metrics.jsonl, open for appending, without rows that a resumed run is about to write again."""
+def _metrics_file(out: Path, step: int, writes: bool) -> Iterator[Any]:
+    """metrics.jsonl, open for appending, without rows that a resumed run is about to write again; None: not here."""
     path = out / "metrics.jsonl"
+    if not writes:
+        yield None
+        return
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
         write_text_atomic(path, "".join(line + "\n" for line in kept))
@@ -280,13 +280,16 @@ def _save_student(job: Job, out: Path) -> None:
     """student/: what transformers loads, and nothing that only training needed; adapter/ beside it, with LoRA."""
     from evlecg.models.adapt import merge, save_adapter
 
+    state = whole_weights(job.accelerator, job.model)
+    if not job.accelerator.is_main_process:
+        return
     model = job.accelerator.unwrap_model(job.model)
     if job.adapted is not None:
         with new_folder(out / "adapter", overwrite=True) as partial:
             save_adapter(job.adapted, partial)
         model = merge(job.adapted)
     with new_folder(out / "student", overwrite=True) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=state)
         models.save_processor(job.student, partial)
         _trained_with(job).write(partial)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from evlecg import launch
 from evlecg.answering import TextProtocol, chosen_protocol, evaluate_text
 from evlecg.cost import measure_cost
 from evlecg.data.labels import labels_by_basis
@@ -135,10 +136,13 @@ def evaluate(
         if gates != Gates() or robustness or cost:
             raise EvlecgError("gates, --robustness and --cost are of likelihoods, not of answers in words",
                               where="--protocol", hint="--protocol likelihood")  # fmt: skip
-        return evaluate_text(
-            model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
-            n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+        report = None
+        if launch.rank() == 0:  # answers in words are one process's work
+            report = evaluate_text(
+                model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
+                n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+        return launch.from_first(report)
     trained = trained_with(Path(models.resolve(model)[0]))
     wording = question or trained.question
     known_labels = tuple(label for label in trained.labels if label in prepared.label_names)
@@ -165,17 +169,21 @@ def evaluate(
 
     check_samples(checkpoint, prepared, [*samples, *chosen_on])
     check_disturbances(checkpoint.kind, robustness)
-    with new_folder(out, overwrite) as folder:
+    launch.join()
+    with new_folder(out, overwrite) if launch.rank() == 0 else nullcontext() as folder:
         loaded = models.load(checkpoint, dtype=dtype, bits=bits, signal=signal)
         page = page or trained.page
         scorer = _scorer(loaded, prepared, page, samples)
-        _predict(scorer, samples, batch_size, folder / PREDICTIONS, progress, f"score {model}")
-        scored = read_scored(folder, names)
-        validation = None
-        if chosen_on:
-            _predict(scorer, chosen_on, batch_size, folder / VALIDATION, progress, f"score {model} on validation")
-            validation = read_scored(folder, names, VALIDATION)
         style = page_style(page)
+        _predict(scorer, samples, batch_size, folder and folder / PREDICTIONS, progress, f"score {model}")
+        if chosen_on:
+            told = f"score {model} on validation"
+            _predict(scorer, chosen_on, batch_size, folder and folder / VALIDATION, progress, told)
+        disturbed = _disturbed(scorer, samples, robustness, batch_size, style, progress)
+        if folder is None:  # another process writes the report
+            return launch.from_first(None)
+        scored = read_scored(folder, names)
+        validation = read_scored(folder, names, VALIDATION) if chosen_on else None
         group_N, about = _groups(prepared, samples)
         measured = measure(
             scored, validation, groups=group_N, group_orders=BANDS, label_groups=labels_by_basis(names),
@@ -196,14 +204,12 @@ def evaluate(
             provenance=_provenance(loaded, prepared, wording, scorer),
             worst=_worst(scored, prepared, samples, style, about),
             group_formulas={name: BAND_FORMULAS[name] for name in group_N if name in BAND_FORMULAS},
-            robustness=_robustness(scorer, samples, scored, robustness, batch_size, style, n_boot, progress)
-            if robustness
-            else None,
+            robustness=_robustness(scored, disturbed, n_boot) if robustness else None,
             cost=measure_cost(loaded, scorer, samples) if cost else None,
             gates=check_gates(gates, measured.auroc, drop),
         )
         write_report(report, folder)
-    return report
+    return launch.from_first(report)
 
 
 def _names_in_head(checkpoint: models.Checkpoint, names: tuple[str, ...], *, explicit: bool) -> tuple[str, ...]:
@@ -244,19 +250,24 @@ def _scorer(loaded: models.Loaded, prepared: Prepared, page: PageConfig, samples
 def _predict(
     scorer: Scorer, samples: Sequence[Sample], batch_size: int, path: Path | None, progress: Progress, told: str
 ) -> dict[tuple[str, str], float]:
-    """Scores by (record, label); every prediction is streamed to `path`, where there is one, as it comes."""
+    """Scores by (record, label); every prediction is streamed to `path`, where there is one, as it comes.
+
+    Where several processes run, each scores every so manieth batch, and all of them get all the scores.
+    """
     found = {}
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     with (
         path.open("w", encoding="utf-8") if path is not None else nullcontext() as stream,
         progress.task(told, len(samples)) as advance,
     ):
-        for start in range(0, len(samples), batch_size):
-            batch = samples[start : start + batch_size]
-            for prediction in scorer.score(batch):
+        for start in range(0, len(batches), launch.world()):
+            turn = batches[start : start + launch.world()]
+            mine = turn[launch.rank() : launch.rank() + 1]
+            for prediction in launch.gathered([prediction for batch in mine for prediction in scorer.score(batch)]):
                 found[prediction.record_id, prediction.label] = prediction.score
                 if stream is not None:
                     stream.write(json.dumps(dataclasses.asdict(prediction)) + "\n")
-            advance(len(batch))
+            advance(sum(map(len, turn)))
     return found
 
 
@@ -318,23 +329,30 @@ def _worst(
     return tuple(worst)
 
 
-def _robustness(
-    scorer: Scorer, samples: Sequence[Sample], clean: Scored, names: Sequence[str], batch_size: int, style: PageStyle,
-    n_boot: int, progress: Progress,
-) -> Robustness:  # fmt: skip
-    """The same records under every disturbance, each against the clean pages."""
-    prepared, scored = scorer.prepared, {"clean": clean}
+def _disturbed(
+    scorer: Scorer, samples: Sequence[Sample], names: Sequence[str], batch_size: int, style: PageStyle,
+    progress: Progress,
+) -> dict[str, dict[tuple[str, str], float]]:  # fmt: skip
+    """Scores of the same records under every disturbance."""
+    prepared, found = scorer.prepared, {}
     try:
         for name in names:
             scorer.prepared = DisturbedPages(prepared, name, style, scorer.view)
-            found = _predict(scorer, samples, batch_size, None, progress, f"score under {name}")
-            value_NK = np.array([[found.get((record, label), np.nan) for label in clean.labels]
-                                 for record in clean.record_ids])  # fmt: skip
-            scored[name] = clean.replaced(value_NK=value_NK)
+            found[name] = _predict(scorer, samples, batch_size, None, progress, f"score under {name}")
     finally:
         scorer.prepared = prepared
+    return found
+
+
+def _robustness(clean: Scored, disturbed: Mapping[str, Mapping[tuple[str, str], float]], n_boot: int) -> Robustness:
+    """Every disturbance against the clean pages."""
+    scored = {"clean": clean}
+    for name, found in disturbed.items():
+        value_NK = np.array([[found.get((record, label), np.nan) for label in clean.labels]
+                             for record in clean.record_ids])  # fmt: skip
+        scored[name] = clean.replaced(value_NK=value_NK)
     return Robustness(
-        compare(AUROC, scored, baseline="clean", n_boot=n_boot), {name: DISTURBANCES[name].told for name in names}
+        compare(AUROC, scored, baseline="clean", n_boot=n_boot), {name: DISTURBANCES[name].told for name in disturbed}
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evlecg import launch
 from evlecg.data.readers import READERS
 from evlecg.data.store import Prepared, is_prepared, read_manifest
 from evlecg.data.tasks import chosen_labels
@@ -92,8 +93,6 @@ def run_line(
         done = (control / "run.json").is_file()
         if not (resume and done):
             distill(sft, data=data, out=control, resume=resume and control.is_dir(), force=force, progress=progress)
-    if os.environ.get("RANK", "0") != "0":  # under accelerate launch all train, one process reports and exports
-        return LineResult(run, data, [], None, None)
     reports: list[tuple[str, Report]] = []
     gain = None
     scored = finish.eval_split != "none" and bool(read_manifest(data)["label_names"])
@@ -125,6 +124,8 @@ def run_line(
                 trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle, **as_teacher,
             )  # fmt: skip
             reports.append((role, report))
+    first = launch.rank() == 0  # under accelerate launch all train and score, one process reports and exports
+    if scored and first:
         if len(reports) > 1:
             folders = {role: out / "report" / role for role, _ in reversed(reports)}  # distilled minus the others
             compare_reports(folders, out=out / "report" / "paired", overwrite=True)
@@ -132,6 +133,8 @@ def run_line(
                 gain = paired(folders["distilled"], folders["SFT-only"])
         about = f"{reports[0][1].dataset} ({finish.eval_split}), {reports[0][1].n_records} records\n\n"
         write_text_atomic(out / "report" / "comparison.md", about + comparison_markdown(reports))
+    if not first:
+        return LineResult(run, data, reports, None, None)
     exported = None
     if finish.export:
         trust = recipe.trust_remote_code

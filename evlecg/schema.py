@@ -170,6 +170,7 @@ class Batch:
     `cell_lead_C` (int, index into `LEADS`, -1 where unknown) and `cell_time_C2` (seconds, NaN where unknown) name the
     cells of `Side.cell_box_BC4`.
     `teacher` is None when the run has no teacher.
+    `counted` is False where a process has no share of a step and runs along on some record: it weighs nothing.
     """
 
     sample_ids: tuple[str, ...]
@@ -178,6 +179,7 @@ class Batch:
     teacher: Side | None
     cell_lead_C: Tensor
     cell_time_C2: Tensor
+    counted: bool = True
 
 
 class AnswerLogits:

@@ -16,8 +16,8 @@ from evlecg.models import memory
 from evlecg.models.encode import Encoder
 from evlecg.recipe import load_recipe, parse_set
 from evlecg.training import build
-from evlecg.training.build import optimizer_of
 from evlecg.training.estimate import adapt_student, bare_job, step_memory
+from evlecg.training.processes import optimizer_of
 from evlecg.training.step import Position, step
 from tests import real_configs
 

@@ -37,9 +37,9 @@ from evlecg.losses.bridge import Groups, answer_groups, class_log_probabilities,
 from evlecg.losses.chunks import summed
 from evlecg.losses.relation import page_grid, pool_to_cells
 from evlecg.losses.stable import full_precision, layer_normalised, masked_mean, zero_where_masked
-from evlecg.losses.terms import answer_cross_entropy, frozen_reading, no_answers, weighted
+from evlecg.losses.terms import answer_count, answer_cross_entropy, frozen_reading, no_answers, weighted
 from evlecg.recipe import BaselineConfig, ObjectiveConfig
-from evlecg.schema import AnswerLogits, Batch, LossTerms, ModelFacts, Outputs
+from evlecg.schema import AnswerLogits, Batch, LossTerms, ModelFacts, Outputs, Side
 
 LEAST_LOG_P = math.log(1e-10)  # a class that one side cannot spell is improbable, not impossible
 
@@ -82,6 +82,16 @@ class Baseline(nn.Module):
     def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """The term's parts by name, each before weighting."""
         raise NotImplementedError
+
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """How many elements the mean of every part is over."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """See `EvlObjective.counts`."""
+        assert batch.teacher is not None
+        return {"ce": answer_count(batch.student), **self.sizes(batch.student, batch.teacher, batch)}
 
     def forward(
         self,
@@ -143,6 +153,10 @@ class Divergence(Baseline):
         total = summed(self._divergence_sum, *_starts(student, teacher, groups), groups.opens_G)
         return {self.name: total / len(groups)}
 
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Groups."""
+        return {self.name: _n_groups(student, teacher)}
+
     @full_precision
     def _divergence_sum(self, student_GV: Tensor, teacher_GV: Tensor, opens_G: Tensor) -> Tensor:
         temperature = self.config.temperature
@@ -198,6 +212,10 @@ class Uld(Baseline):
         distance = functools.partial(uld_distance, temperature=self.config.temperature)
         return {"uld": summed(distance, *_starts(student, teacher, groups)) / len(groups)}
 
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Groups."""
+        return {"uld": _n_groups(student, teacher)}
+
 
 @full_precision
 def uld_distance(student_GV: Tensor, teacher_GV: Tensor, temperature: float) -> Tensor:
@@ -231,6 +249,12 @@ class MultiLevelOt(Baseline):
         parts = (difference / len(groups), log / len(groups), sinkhorn / groups.opens_G.sum())
         return dict(zip(names, parts, strict=True))
 
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Groups, and questions."""
+        groups = answer_groups(student, teacher)
+        n_groups = _n_groups(student, teacher)
+        return {"mlot_difference": n_groups, "mlot_log": n_groups, "mlot_sinkhorn": groups.opens_G.sum()}
+
     def part_weight(self, name: str) -> float:
         """Of the three levels."""
         return {"mlot_log": self.config.log_weight, "mlot_sinkhorn": self.config.sinkhorn_weight}.get(name, 1.0)
@@ -263,8 +287,9 @@ def multilevel_ot(student_GV: Tensor, teacher_GV: Tensor, opens_G: Tensor, *, te
     pair_QLL = valid_QL[:, :, None] & valid_QL[:, None]
     plan_QLL = torch.where(pair_QLL, (-cost_QLL / 0.1).exp(), 0.0)
     for _ in range(20):
-        plan_QLL = plan_QLL / plan_QLL.sum(2, keepdim=True).clamp_min(1e-9)
-        plan_QLL = plan_QLL / plan_QLL.sum(1, keepdim=True).clamp_min(1e-9)
+        # where a question has no group the sums are 0, and their floor, 20 times over, would be an infinite slope
+        plan_QLL = plan_QLL / plan_QLL.sum(2, keepdim=True).clamp_min(1e-9).masked_fill(~valid_QL[:, :, None], 1)
+        plan_QLL = plan_QLL / plan_QLL.sum(1, keepdim=True).clamp_min(1e-9).masked_fill(~valid_QL[:, None], 1)
     return torch.stack([difference, log, (plan_QLL * cost_QLL).sum()])
 
 
@@ -302,6 +327,11 @@ class Dskd(Baseline):
             student, teacher, student_word_A2D.float(), teacher_word_A2E.float(), mine[:, None] == theirs[None],
             student_head, teacher_head,
         )  # fmt: skip
+
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Answer tokens. Of `dskd_student`, whose mean is over those that come out right, as a guess."""
+        ours, theirs = answer_count(student), answer_count(teacher)
+        return {"dskd_answer": ours, "dskd_student": ours, "dskd_teacher": theirs}
 
     def _parts(
         self, student: Outputs, teacher: Outputs, student_word: Tensor, teacher_word: Tensor, same: Tensor,
@@ -371,6 +401,15 @@ class MiniLm(Baseline):
             parts[f"minilm_{name}"] = cell_relation_kl(pooled[0], pooled[1], both_BC, heads=self.config.relation_heads)
         return parts
 
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Cells."""
+        grid = page_grid(self.config.grid, like=student.visual_box_BN4)
+        masks = [
+            pool_to_cells(side.visual_box_BN4[..., :0], side.visual_box_BN4, side.visual_mask_BN, grid)[1]
+            for side in (student, teacher)
+        ]
+        return dict.fromkeys(("minilm_query", "minilm_key", "minilm_value"), (masks[0] & masks[1]).sum())
+
 
 @full_precision
 def cell_relation_kl(student_BCD: Tensor, teacher_BCE: Tensor, mask_BC: Tensor, *, heads: int) -> Tensor:
@@ -401,6 +440,11 @@ class Rkd(Baseline):
         first_R = _first_rows(batch)
         means = [_mean_token(outputs, first_R) for outputs in (student, teacher)]
         return {"rkd_distance": rkd_distance(*means), "rkd_angle": rkd_angle(*means)}
+
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Pairs and triples of records. Those across the parts of a step are not compared."""
+        n = torch.tensor(len(batch.sample_ids), device=batch.record_B.device)
+        return {"rkd_distance": n * (n - 1) // 2, "rkd_angle": n * (n - 1) * (n - 2)}
 
     def part_weight(self, name: str) -> float:
         """Of distances and angles."""
@@ -465,6 +509,15 @@ class Feature(Baseline):
             "feature_vision": projected_mse(student.visual_BND, pooled_BNE, self.vision.weight, mask_BN),
         }
 
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Groups, and the student's visual tokens."""
+        box_BN4 = teacher.visual_box_BN4
+        _, covered_BN = pool_to_cells(box_BN4[..., :0], box_BN4, teacher.visual_mask_BN, student.visual_box_BN4)
+        return {
+            "feature_text": _n_groups(student, teacher),
+            "feature_vision": (covered_BN & student.visual_mask_BN).sum(),
+        }
+
 
 @full_precision
 def projected_mse(student_XD: Tensor, teacher_XE: Tensor, weight_DE: Tensor, mask_X: Tensor) -> Tensor:
@@ -513,6 +566,13 @@ class EmKd(Baseline):
         affinity = masked_mean(F.smooth_l1_loss(affinities[0], affinities[1], reduction="none"), together)
         return {"em_state": distance, "em_affinity": affinity}
 
+    def sizes(self, student: Side, teacher: Side, batch: Batch) -> dict[str, Tensor]:
+        """Matches, and matches times groups of the same row."""
+        matches_B = torch.minimum(student.visual_mask_BN.sum(1), teacher.visual_mask_BN.sum(1))
+        row_G = student.answer_A2[answer_groups(student, teacher).student_first_G, 0]
+        groups_B = torch.bincount(row_G, minlength=len(matches_B))
+        return {"em_state": matches_B.sum(), "em_affinity": (matches_B * groups_B).sum()}
+
 
 @torch.no_grad()
 def match_tokens(
@@ -530,6 +590,10 @@ def match_tokens(
         theirs.append(teacher_M[torch.as_tensor(second, device=teacher_M.device)])
         rows.append(torch.full_like(mine[-1], row))
     return torch.cat(mine), torch.cat(theirs), torch.cat(rows)
+
+
+def _n_groups(student: Side, teacher: Side) -> Tensor:
+    return torch.tensor(len(answer_groups(student, teacher)), device=student.answer_A2.device)
 
 
 def _starts(student: Outputs, teacher: Outputs, groups: Groups) -> tuple[list[AnswerLogits], list[Tensor]]:

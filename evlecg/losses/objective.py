@@ -34,7 +34,7 @@ from evlecg.losses.alignment import (
 from evlecg.losses.baselines import BASELINES, Baseline
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
-from evlecg.losses.terms import answer_accuracy, answer_cross_entropy, frozen_reading, weighted
+from evlecg.losses.terms import answer_accuracy, answer_count, answer_cross_entropy, frozen_reading, weighted
 from evlecg.losses.transport import (
     Transport,
     cell_cost,
@@ -67,6 +67,10 @@ class CeObjective(nn.Module):
     def needs(self) -> frozenset[str]:
         """What it reads beyond the student's answer logits: nothing."""
         return frozenset()
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """See `EvlObjective.counts`."""
+        return {"ce": answer_count(batch.student)}
 
     def forward(
         self,
@@ -217,6 +221,28 @@ class EvlObjective(nn.Module):
         diagnostics = self._diagnose(terms, student, teacher, batch, output_head) if diagnose else {}
         return weighted({**values, **terms.values}, weights, diagnostics)
 
+    @torch.no_grad()
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """How many elements every term's mean is taken over: scalar tensors, from the batch alone.
+
+        With them the parts of a step (batches summed into it, on all processes) weigh as their elements do, and come
+        to what one batch of all records gives.
+        """
+        side = batch.student
+        found = {"ce": answer_count(side)}
+        if not self.needs:
+            return found
+        assert batch.teacher is not None
+        if self.uses_alignment:
+            found["mhca"] = self._aligned_positions(side, batch.teacher).sum()
+            if not self.config.strict and self.config.align.anchor > 0:
+                found["anchor"] = answer_count(side)
+        if self.uses_transport:
+            found["ot"] = (batch.teacher.visual_mask_BN.any(1) & side.visual_mask_BN.any(1)).sum()
+        if self.uses_relation:
+            found["rel"] = (self._related(side, batch.teacher).sum(1) > 1).sum()
+        return found
+
     def _terms(self, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module) -> _Terms:
         """Every distillation term, before weighting."""
         terms = _Terms()
@@ -240,7 +266,7 @@ class EvlObjective(nn.Module):
                 return _Terms(aligned_BSD=aligned_BSD)
             loss = strict_alignment_loss(student.hidden_BSD, aligned_BSD, student.side.valid_BS)
             return _Terms({"mhca": loss}, aligned_BSD)
-        visible_BST = (cross_causal_mask if config.causal else visible_mask)(student.side, teacher.side)
+        visible_BST = self._visible(student.side, teacher.side)
         bias_BST = None
         if config.position_bias > 0:
             cells = batch.cell_lead_C, batch.cell_time_C2
@@ -249,7 +275,7 @@ class EvlObjective(nn.Module):
         aligned_BSD = aligner(query_BSD, teacher.hidden_BSD, visible_BST, bias_BST)
         predicting_BS = predicting_positions(student.side)
         anchored_BS = predicting_BS if config.anchor > 0 else torch.zeros_like(predicting_BS)
-        mask_BS = visible_BST.any(2) & self._scope(student.side, predicting_BS)
+        mask_BS = visible_BST.any(2) & self._scope(student.side)
         loss = alignment_loss(student.hidden_BSD, aligned_BSD, mask_BS, anchored_BS, normalise=config.normalise)
         if config.anchor == 0:
             return _Terms({"mhca": loss}, aligned_BSD)
@@ -262,9 +288,36 @@ class EvlObjective(nn.Module):
         """Plan and cost of a batch, None where the objective transports nothing."""
         return None if self.projection is None else self._transport(self.projection, student, teacher, batch)
 
-    def _scope(self, side: Side, predicting_BS: Tensor) -> Tensor:
+    def _visible(self, student: Side, teacher: Side) -> Tensor:
+        return (cross_causal_mask if self.config.align.causal else visible_mask)(student, teacher)
+
+    def _scope(self, side: Side) -> Tensor:
         """Student positions that the alignment term is taken over."""
-        return {"all": side.valid_BS, "visual": side.visual_BS, "answer": predicting_BS}[self.config.align.scope]
+        if self.config.align.scope == "answer":
+            return predicting_positions(side)
+        return side.visual_BS if self.config.align.scope == "visual" else side.valid_BS
+
+    def _aligned_positions(self, student: Side, teacher: Side) -> Tensor:
+        """Bool [B, S]: what the mean of the alignment term is over."""
+        if self.config.strict:
+            return student.valid_BS
+        return self._visible(student, teacher).any(2) & self._scope(student)
+
+    def _related(self, student: Side, teacher: Side) -> Tensor:
+        """Bool: tokens or cells that relations are taken among, row by row."""
+        if self.config.strict:
+            return student.valid_BS
+        masks = [
+            _pooled(side.visual_box_BN4[..., :0], side, self._grid(student, teacher))[1]
+            for side in (student, student if self.relates_aligned else teacher)
+        ]
+        return masks[0] & masks[1]
+
+    def _grid(self, student: Side, teacher: Side) -> int:
+        """Cells a side of the page grid; 0: lead x time cells."""
+        # a page grid means nothing on a trace: there, cells of lead and time are what both sides have
+        config = self.config.relation
+        return config.grid if config.cells == "page" and student.frame == teacher.frame == "page" else 0
 
     def _transport(self, projection: nn.Linear, student: Outputs, teacher: Outputs, batch: Batch) -> Transport:
         config = self.config.transport
@@ -291,9 +344,7 @@ class EvlObjective(nn.Module):
 
     def _relation(self, student: Outputs, teacher: Outputs, aligned_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The relation term, and which cells both sides have (None in the published form, which pools nothing)."""
-        config = self.config.relation
-        # a page grid means nothing on a trace: there, cells of lead and time are what both sides have
-        grid = config.grid if config.cells == "page" and student.side.frame == teacher.side.frame == "page" else 0
+        config, grid = self.config.relation, self._grid(student.side, teacher.side)
         if self.config.strict:
             assert aligned_BSD is not None
             return relation_loss(student.hidden_BSD, aligned_BSD, student.side.valid_BS), None
@@ -320,7 +371,7 @@ class EvlObjective(nn.Module):
         found: dict[str, float | None] = {}
         if terms.aligned_BSD is not None:
             side = student.side
-            mask_BS = side.valid_BS if self.config.strict else self._scope(side, predicting_positions(side))
+            mask_BS = side.valid_BS if self.config.strict else self._scope(side)
             found["mhca_variance_share"] = variance_share(terms.aligned_BSD, mask_BS)
             found["student_variance_share"] = variance_share(student.hidden_BSD, mask_BS)
         if terms.anchor_logits is not None and len(terms.anchor_logits):

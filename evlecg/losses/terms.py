@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,6 +58,11 @@ def _cross_entropy_sum(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     return F.cross_entropy(logits_RV, targets_R, reduction="sum")
 
 
+def answer_count(side: Side) -> Tensor:
+    """How many answer tokens there are: what `answer_cross_entropy` is a mean over."""
+    return torch.tensor(len(side.answer_A2), device=side.answer_A2.device)
+
+
 def balanced(
     scales: dict[str, float], gradients: dict[str, float], weights: dict[str, float], *, keep: float = 0.5
 ) -> dict[str, float]:
@@ -91,6 +98,17 @@ def rescaled(terms: LossTerms, scales: dict[str, float]) -> LossTerms:
         return terms
     weights = {name: weight * scales.get(name, 1.0) for name, weight in terms.weights.items()}
     return weighted(terms.values, weights, terms.diagnostics)
+
+
+def shared_out(terms: LossTerms, shares: Mapping[str, Tensor]) -> Tensor:
+    """The total of a part of a step: every term times the part's share of what the step's mean is taken over.
+
+    Args:
+        terms: of one batch.
+        shares: by term; they sum to 1 over the parts of a step (or to the number of processes, where gradients are
+            averaged over them).
+    """
+    return torch.stack([value * (terms.weights[name] * shares[name]) for name, value in terms.values.items()]).sum()
 
 
 def weighted(

@@ -226,6 +226,36 @@ def checkpoint_gradients(loaded: Loaded) -> None:
     loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model's towers: the items of its outermost module lists, as far as they hold weights."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{above}.") for above in lists):
+            lists[path] = module
+    return [item for module in lists.values() for item in module if any(True for _ in item.parameters())]
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles every repeated layer, in place: what is read of a model between layers stays as it is."""
+    for layer in layers(model):
+        layer.compile()
+
+
+def check_compiler(device: torch.device | str) -> None:
+    """Compiles a line, so that a machine without a compiler is found out before models are loaded.
+
+    Raises:
+        EvlecgError: torch.compile does not work here.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # whatever torch's compiler and the system's raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise EvlecgError("torch.compile does not work on this machine", where="train.compile",
+                          hint=f"install a C++ compiler, or set it to false ({lines[0] if lines else error!r})"
+                          ) from error  # fmt: skip
+
+
 def train_mode(model: nn.Module) -> None:
     """`model.train()`, but running statistics of frozen normalisation layers stay as they are."""
     model.train()

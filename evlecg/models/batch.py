@@ -1,12 +1,13 @@
 """Batches: which records a step reads, and both models' halves of them.
 
-The order of the records is a function of (seed, epoch) alone, so that a resumed run reads on exactly where it
-stopped, and every process knows its share without talking to the others.
+The order of the records is a function of (seed, epoch) and of how long their texts are, so that a resumed run reads on
+exactly where it stopped, and every process knows its share without talking to the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,18 +33,58 @@ def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def epoch_batches(
-    n: int, batch_size: int, *, seed: int, epoch: int, process: int = 0, processes: int = 1
-) -> list[np.ndarray]:
-    """This process's batches of one epoch.
+BYTES_PER_TOKEN = 4
 
-    A global batch is `batch_size * processes` records; the last one may be smaller, and is dropped only where it
-    could not give every process at least one record.
+
+def text_length(sample: Sample) -> int:
+    """About how many tokens the texts of a sample take, in any tokenizer; "yes" and "no" are as long."""
+    texts = (
+        text
+        for question in sample.questions
+        for text in (question.text, question.answer, *(said for pair in question.history for said in pair))
+    )
+    return sum(math.ceil(len(text.encode()) / BYTES_PER_TOKEN) for text in texts)
+
+
+def epoch_batches(
+    n: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    process: int = 0,
+    processes: int = 1,
+    lengths: Sequence[int] | None = None,
+    bucket: int = 1,
+) -> list[np.ndarray]:
+    """This process's batches of one epoch: as many on every process, each record in exactly one of them.
+
+    A global batch is `batch_size * processes` records; the last one may be smaller, and then some processes have fewer
+    records than others, or an empty batch.
+
+    Args:
+        n: records.
+        batch_size: records a batch on each process.
+        seed, epoch: of the order.
+        process, processes: whose batches.
+        lengths: of every record's text. Where they differ, records of similar length share a batch.
+        bucket: global batches among whose records similar ones are looked for, a quarter of the epoch at most (else
+            the same records would meet in every epoch); 1: batches as they come.
     """
     order = epoch_order(n, seed=seed, epoch=epoch)
     size = batch_size * processes
+    bucket = min(bucket, n // (4 * size))
+    similar = lengths is not None and bucket > 1 and len(set(lengths)) > 1
+    if lengths is not None and similar:
+        length_N = np.asarray(lengths)
+        pools = [order[start : start + size * bucket] for start in range(0, n, size * bucket)]
+        order = np.concatenate([pool[np.argsort(length_N[pool], kind="stable")] for pool in pools])
     batches = [order[start : start + size] for start in range(0, n, size)]
-    return [batch[process::processes] for batch in batches if len(batch) >= processes]
+    if similar:  # or every pool would go from short to long; the last batch may be smaller and stays where it is
+        whole = len(batches) - 1
+        places = np.random.default_rng([seed, epoch, 1]).permutation(whole)
+        batches = [*(batches[place] for place in places), batches[whole]]
+    return [batch[process::processes] for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -70,6 +111,8 @@ class BatchBuilder:
     epoch: int = 0
 
     def __call__(self, indices: Sequence[int]) -> Batch:
+        if not len(indices):  # this process has no share of the step, but must take it with the others
+            return dataclasses.replace(self([0]), counted=False)
         chosen = [self.samples[int(index)] for index in indices]
         turns = [[Turn.of(question) for question in sample.questions] for sample in chosen]
         shared = self.augment is None or self.augment.teacher

@@ -16,6 +16,8 @@ from evlecg.page.render import page_style
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.training.estimate import adapt_student, step_memory, tell_memory
+from evlecg.training.processes import accelerator_of, is_sharded, shard_teacher, tell_unused
+from evlecg.training.processes import prepared as prepared_models
 from evlecg.training.step import Job
 
 if TYPE_CHECKING:
@@ -42,13 +44,11 @@ def build(
     always_estimate: bool = False,
 ) -> Job:  # fmt: skip
     import torch
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
-    from transformers import get_scheduler
 
     from evlecg.losses.objective import METHODS
     from evlecg.models import adapt
-    from evlecg.models.batch import BatchBuilder, epoch_batches
+    from evlecg.models.batch import BatchBuilder, epoch_batches, text_length
     from evlecg.models.checks import (
         check_labels,
         check_lengths,
@@ -83,7 +83,7 @@ def build(
         raise EvlecgError("this original LLaVA layout can teach only", where=recipe.student, hint=hint)
     sizes = (_pair(recipe.page.student_size), _pair(recipe.page.teacher_size))
     style = page_style(recipe.page)
-    accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
+    accelerator = accelerator_of(recipe)
     texts = all(checkpoint.kind == "text" for checkpoint in checkpoints)
     processors: list[Any] = [models.load_processor(checkpoint) if texts else None for checkpoint in checkpoints]
     encoders: list[Any] = []
@@ -116,6 +116,8 @@ def build(
         check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints)
         memory = fits(packs)
 
+    if train.compile:
+        adapt.check_compiler(accelerator.device)
     set_seed(recipe.seed)
     student = models.load(checkpoints[0], dtype=train.dtype, seed=recipe.seed, processor=processors[0], labels=labels,
                           signal=recipe.student_signal)  # fmt: skip
@@ -160,35 +162,34 @@ def build(
     _check_method(recipe, needs, len(samples))
     if recipe.effective_method == "seqkd" and teacher is not None:
         builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
-    optimizer = optimizer_of(recipe, student.model, objective)
     batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=accelerator.num_processes))
     total = train.epochs * math.ceil(batches / train.accumulation)
     if train.max_steps is not None:
         total = min(total, train.max_steps)
-    names = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    schedule = get_scheduler(
-        names[train.schedule],
-        optimizer,
-        num_warmup_steps=round(train.warmup * total),
-        num_training_steps=total,
-    )
-    # the schedule stays unwrapped: accelerate would step it once a process
-    model, optimizer = accelerator.prepare(student.model, optimizer)
-    if any(True for _ in objective.parameters()):
-        objective = accelerator.prepare(objective)
-    accelerator.register_for_checkpointing(schedule)
-    if not all(parameter.requires_grad for parameter in student.model.parameters()):
+    if train.compile:  # the checks above ran without: a pass or two are not worth a minute
+        for loaded in (student, teacher):
+            if loaded is not None:
+                adapt.compile_layers(loaded.model)
+    tell_unused(accelerator, student, builder([0]).student)
+    model, optimizer, schedule = prepared_models(accelerator, recipe, student.model, objective, total_steps=total)
+    sharded = is_sharded(accelerator)
+    if not sharded and not all(parameter.requires_grad for parameter in student.model.parameters()):
         adapt.save_trained_only(accelerator, student.model)
     signal = None
     if teacher is not None and needs:
+        shard_teacher(accelerator, teacher.model)
         attention = "attention" in needs
         signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer, attention=attention)
         if train.remember_teacher:
             signal = RememberingTeacher(signal, needs)
+    processes = accelerator.num_processes
+    if processes > 1:  # the same weights to begin with, but every process drops out by itself
+        set_seed(recipe.seed, device_specific=True)
+    lengths = tuple(map(text_length, builder.samples)) if texts and train.bucket > 1 else None
     return Job(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
-        needs=needs, checks=checks, adapted=adapted,
+        needs=needs, checks=checks, adapted=adapted, processes=processes, sharded=sharded, lengths=lengths,
     )  # fmt: skip
 
 
@@ -201,6 +202,9 @@ def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None
     if rows < METHODS[name].least_rows:
         raise EvlecgError(f"{name} compares the records of a batch with one another: {rows} are too few",
                           where="train.batch_size", hint=f"at least {METHODS[name].least_rows}")  # fmt: skip
+    if recipe.train.compile and "attention" in needs:
+        raise EvlecgError(f"{name} reads queries and keys inside a layer, which a compiled one does not show",
+                          where="train.compile", hint="set train.compile=false")  # fmt: skip
     unkept = needs & {"attention", "logits"} if recipe.train.remember_teacher else frozenset()
     if unkept:
         raise EvlecgError(f"{name} reads the teacher's {' and '.join(sorted(unkept))}, which are not remembered",
@@ -229,17 +233,6 @@ def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -
 def _size(checkpoints: list[models.Checkpoint]) -> int:
     """Parameters of all models, from their configs."""
     return sum(models.shapes(checkpoint).n_parameters for checkpoint in checkpoints)
-
-
-def optimizer_of(recipe: Recipe, model: Any, objective: Any) -> Any:
-    import torch
-
-    train = recipe.train
-    groups = [
-        {"params": [p for p in model.parameters() if p.requires_grad], "lr": train.lr},
-        {"params": list(objective.parameters()), "lr": train.aligner_lr or train.lr},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, weight_decay=train.weight_decay)
 
 
 def _pair(size: tuple[int, ...] | None) -> tuple[int, int] | None:

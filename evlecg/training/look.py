@@ -18,7 +18,8 @@ def _probe(job: Job) -> tuple[Any, Any, Any] | None:
 
     from evlecg.models.outputs import forward, to_device
 
-    if not job.recipe.log.figures or not job.accelerator.is_main_process:
+    main = job.accelerator.is_main_process
+    if not job.recipe.log.figures or not (main or job.sharded):
         return None
     builder = dataclasses.replace(job.builder, augment=None)
     if job.signal is None:
@@ -31,7 +32,7 @@ def _probe(job: Job) -> tuple[Any, Any, Any] | None:
         outputs = forward(job.student, batch.student, visual_layer=job.recipe.objective.visual_layer)
         taught = job.signal(batch) if job.signal is not None else None
     job.student.model.train(training)
-    return batch, outputs, taught
+    return (batch, outputs, taught) if main else None
 
 
 def keep_spectra(job: Job, out: Path, when: str) -> None:

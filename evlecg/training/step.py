@@ -1,4 +1,11 @@
-"""One optimizer step, and the job that it is a step of."""
+"""One optimizer step, and the job that it is a step of.
+
+A step may have several parts: batches that are summed into it, on several processes. Every term is a mean over what its
+masks leave, and parts rarely have the same number of that (answer tokens, positions, records with tokens on both
+sides); the last ones of an epoch may have no record at all. So every term of a part weighs as its elements do, and the
+step is the one that a single batch of all records would be. What it cannot be equal in: terms that compare the records
+of a batch with one another (rkd), or take a statistic over it (dskd; batch normalisation); dropout.
+"""
 
 from __future__ import annotations
 
@@ -52,19 +59,29 @@ class Job:
     needs: frozenset[str]
     checks: dict[str, Any]
     adapted: Any = None  # the PeftModel around the student's model, with LoRA
+    processes: int = 1  # that share a step
+    sharded: bool = False  # each holds a part of the weights: what runs a model must run it on all processes
+    lengths: tuple[int, ...] | None = None  # of the samples' texts, where batches are cut by them
 
 
 def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradients: bool) -> dict[str, Any] | None:
-    """One optimizer step over a group of batches; what to log of its last batch, or None where a loss is not finite."""
-    import torch
+    """One optimizer step over a group of batches; what to log of it, or None where a loss is not finite.
 
-    from evlecg.losses.terms import balanced, rescaled
+    Gradient norms of terms are those of the group's first batch (on all processes), diagnostics those of the last batch
+    on this process.
+    """
+    from evlecg.losses.terms import balanced, rescaled, shared_out
     from evlecg.models.outputs import AnswerHead, forward, to_device
 
     recipe, accelerator = job.recipe, job.accelerator
     told: dict[str, Any] = {}
+    gradients = gradients and not job.sharded  # a term's gradient by itself cannot be taken on shards
+    shares = step_shares(job, group)
+    tells = diagnose or gradients
+    sums: dict[str, Any] = {}
+    total: Any = 0.0
     for number, batch in enumerate(group, start=1):
-        last = number == len(group)
+        first, last = number == 1, number == len(group)
         batch = to_device(batch, accelerator.device)
         with contextlib.nullcontext() if last else accelerator.no_sync(job.model):
             with accelerator.autocast():
@@ -81,25 +98,31 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
                 ramp=_ramp(recipe.objective.warmup, state.step, job.total_steps),
                 diagnose=diagnose and last,
             )
-            if not bool(torch.isfinite(terms.total)):
+            if not all_finite(job, terms.total):
                 job.optimizer.zero_grad()
                 return None
             balance = recipe.objective.balance != "none" and state.step % recipe.objective.balance_every == 0
-            if last and balance:
-                state.scales = balanced(state.scales, term_gradients(job, terms), terms.weights)
+            if first and balance:
+                state.scales = balanced(state.scales, term_gradients(job, terms, shares), terms.weights)
             terms = rescaled(terms, state.scales)
-            if last and gradients:
-                told["gradients"] = term_gradients(job, terms)
-            accelerator.backward(terms.total / len(group))
+            if first and gradients:
+                told["gradients"] = term_gradients(job, terms, shares)
+            loss = terms.total if shares is None else shared_out(terms, shares.of[number - 1])
+            accelerator.backward(loss)
+            if tells:
+                total = total + loss.detach()
+                for name, value in terms.values.items():
+                    part = value.detach() if shares is None else value.detach() * shares.of[number - 1][name]
+                    sums[name] = sums[name] + part if name in sums else part
+    average_gradients(job)
     parameters = [p for part in job.optimizer.param_groups for p in part["params"]]
     norm = accelerator.clip_grad_norm_(parameters, recipe.train.clip or math.inf)
     rate = job.schedule.get_last_lr()[0]
     job.optimizer.step()
     job.schedule.step()
     job.optimizer.zero_grad()
-    if diagnose or gradients:
-        total = float(terms.total.detach())
-        values = {name: float(value.detach()) for name, value in terms.values.items()}
+    if tells:
+        total, values = told_values(job, total, sums)
         weighted = {name: values[name] * terms.weights[name] for name in values}
         told |= {
             "lr": rate,
@@ -112,8 +135,78 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
     return told
 
 
-def term_gradients(job: Job, terms: Any) -> dict[str, float]:
-    """Norm on the student of every weighted term's gradient."""
+@dataclass(frozen=True)
+class Shares:
+    """How much of every term's mean each part of a step is; over all parts they come to the number of processes.
+
+    Attributes:
+        of: of every batch of the group, by term.
+        first: the same with the group's first batch as the whole step.
+    """
+
+    of: list[dict[str, Any]]
+    first: dict[str, Any]
+
+
+def step_shares(job: Job, group: list[Any]) -> Shares | None:
+    """What this process's batches weigh in the step; None where the step is one batch."""
+    import torch
+
+    from evlecg.models.outputs import to_device
+
+    if len(group) * job.processes == 1:
+        return None
+    counts = []
+    for batch in group:
+        # the inputs (pixels) are not counted, and would all be on the device at once
+        sides = {role: getattr(batch, role) for role in ("student", "teacher")}
+        sides = {role: dataclasses.replace(side, inputs={}) for role, side in sides.items() if side is not None}
+        counted = job.objective.counts(to_device(dataclasses.replace(batch, **sides), job.accelerator.device))
+        counts.append({name: count.float() * batch.counted for name, count in counted.items()})
+    names = list(counts[0])
+    count_GK = torch.stack([torch.stack([part[name] for name in names]) for part in counts])
+    total_GK = job.accelerator.reduce(count_GK, "sum") if job.processes > 1 else count_GK
+    share_GK = job.processes * count_GK / total_GK.sum(0).clamp_min(1)
+    first_K = job.processes * count_GK[0] / total_GK[0].clamp_min(1)
+    return Shares([dict(zip(names, share_K, strict=True)) for share_K in share_GK.unbind()],
+                  dict(zip(names, first_K.unbind(), strict=True)))  # fmt: skip
+
+
+def all_finite(job: Job, loss: Any) -> bool:
+    """Whether a loss is finite on every process: they must skip a step together, or wait for one another for ever."""
+    import torch
+
+    finite = torch.isfinite(loss)
+    if job.processes > 1:
+        return bool(job.accelerator.reduce(finite.float(), "sum") == job.processes)
+    return bool(finite)
+
+
+def average_gradients(job: Job) -> None:
+    """Averages the gradients of the objective's own parameters over the processes: no wrapper of a model does it."""
+    import torch
+
+    own = [parameter for parameter in job.objective.parameters() if parameter.requires_grad]
+    if job.processes == 1 or not own:
+        return
+    given = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+    mean = job.accelerator.reduce(torch.cat([gradient.flatten() for gradient in given]), "mean")
+    for parameter, gradient in zip(own, mean.split([p.numel() for p in own]), strict=True):
+        parameter.grad = gradient.view_as(parameter).clone()
+
+
+def told_values(job: Job, total: Any, sums: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """The loss of a whole step and its terms, from this process's parts of them."""
+    import torch
+
+    if job.processes == 1:
+        return float(total), {name: float(value) for name, value in sums.items()}
+    mean = job.accelerator.reduce(torch.stack([value.float() for value in (total, *sums.values())]), "mean").tolist()
+    return mean[0], dict(zip(sums, mean[1:], strict=True))
+
+
+def term_gradients(job: Job, terms: Any, shares: Shares | None = None) -> dict[str, float]:
+    """Norm on the student of every weighted term's gradient; over all processes, that of the batches' common mean."""
     import torch
 
     parameters = [parameter for parameter in job.student.model.parameters() if parameter.requires_grad]
@@ -121,11 +214,16 @@ def term_gradients(job: Job, terms: Any) -> dict[str, float]:
     for name, value in terms.values.items():
         if not value.requires_grad:
             continue
-        found = torch.autograd.grad(value * terms.weights[name], parameters, retain_graph=True, allow_unused=True)
+        weight = terms.weights[name]
+        if job.processes > 1 and shares is not None:
+            weight = weight * shares.first[name]
+        found = torch.autograd.grad(value * weight, parameters, retain_graph=True, allow_unused=True)
+        if job.processes > 1:  # each holds a part of the sum, and all must balance alike
+            found = [
+                job.accelerator.reduce(torch.zeros_like(p) if g is None else g, "mean")
+                for p, g in zip(parameters, found, strict=True)
+            ]
         norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
-    if job.accelerator.num_processes > 1:  # every process must balance alike
-        mean = job.accelerator.reduce(torch.tensor(list(norms.values()), device=job.accelerator.device), "mean")
-        norms = dict(zip(norms, mean.tolist(), strict=True))
     return norms
 
 
@@ -149,6 +247,17 @@ def grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
             group = []
     if group:
         yield group
+
+
+def batches_of(job: Job, epoch: int) -> list[Any]:
+    """This process's batches of an epoch, as indices of samples."""
+    from evlecg.models.batch import epoch_batches
+
+    train, accelerator = job.recipe.train, job.accelerator
+    return epoch_batches(
+        len(job.builder.samples), train.batch_size, seed=job.recipe.seed, epoch=epoch,
+        process=accelerator.process_index, processes=job.processes, lengths=job.lengths, bucket=train.bucket,
+    )  # fmt: skip
 
 
 def loader(job: Job, batches: list[Any], epoch: int) -> Iterator[Any]:

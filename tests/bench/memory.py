@@ -82,8 +82,8 @@ def _steps(teacher: str | None, student: str, rows: int, n_text: int, keys: list
 
     from evlecg.losses.objective import METHODS
     from evlecg.models.load import Loaded
-    from evlecg.training.build import optimizer_of
     from evlecg.training.estimate import adapt_student, bare_job
+    from evlecg.training.processes import optimizer_of
     from evlecg.training.step import Position, step
 
     recipe = _recipe(teacher, keys)

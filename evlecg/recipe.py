@@ -248,6 +248,17 @@ class RelationConfig:
 
 
 @dataclass(frozen=True)
+class RecordsConfig:
+    """Relations among the records of a batch, beyond the paper: the same question, the same place of the page."""
+
+    answers: float = _key(1.0, "weight of the states that are about to answer the same question", low=0)
+    visual: float = _key(1.0, "weight of the visual tokens at the same cell (see objective.relation.cells)", low=0)
+    features: str = _key("last", "which visual tokens are compared", choices=("last", "projected"))
+    distance: float = _key(0.5, "weight of the distance relation", low=0)
+    cosine: float = _key(0.5, "weight of the cosine relation", low=0)
+
+
+@dataclass(frozen=True)
 class BaselineConfig:
     """The methods beside EVL-ECG: one distillation term, whose share is `objective.alpha`."""
 
@@ -263,13 +274,14 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """L = (1 - alpha) L_CE + alpha (lambda_m L_mhca + lambda_r L_rel + lambda_ot L_ot)."""
+    """L = (1 - alpha) L_CE + alpha (lambda_m L_mhca + lambda_r L_rel + lambda_ot L_ot + lambda_rec L_rec)."""
 
     strict: bool = _key(False, "the three terms exactly as published, without the guards below")
     alpha: float = _key(0.5, "share of the distillation terms", low=0)
     lambda_m: float = _key(0.0, "weight of cross-attention alignment", low=0)
     lambda_r: float = _key(10.0, "weight of geometric relations", low=0)
     lambda_ot: float = _key(0.1, "weight of optimal transport", low=0)
+    lambda_rec: float = _key(10.0, "weight of relations among the records of a batch (not with strict)", low=0)
     warmup: float = _key(0.0, "share of the steps in which the distillation terms ramp up", low=0)
     balance: str = _key(
         "none",
@@ -281,6 +293,7 @@ class ObjectiveConfig:
     align: AlignmentConfig = _section(AlignmentConfig)
     transport: TransportConfig = _section(TransportConfig)
     relation: RelationConfig = _section(RelationConfig)
+    records: RecordsConfig = _section(RecordsConfig)
     baseline: BaselineConfig = _section(BaselineConfig)
 
 

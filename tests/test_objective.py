@@ -20,7 +20,7 @@ from tests.test_alignment import Head, make_side, seeded
 
 STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 8, 12, 11
 STUDENT, TEACHER = ModelFacts(STUDENT_WIDTH, VOCABULARY), ModelFacts(TEACHER_WIDTH, VOCABULARY)
-ALL = ObjectiveConfig(lambda_m=0.7, lambda_r=2.0, lambda_ot=0.3)
+ALL = ObjectiveConfig(lambda_rec=0, lambda_m=0.7, lambda_r=2.0, lambda_ot=0.3)
 
 
 def make_outputs(side: Side, width: int, *, seed: int, dtype: torch.dtype = torch.float64) -> Outputs:
@@ -174,7 +174,9 @@ def test_published_terms_against_a_naive_twin() -> None:
 def test_default_alignment_moves_student_and_aligner_as_documented() -> None:
     batch = make_batch()
     student, teacher = make_pair(batch)
-    objective = build(ObjectiveConfig(lambda_m=1.0, lambda_r=0.0, lambda_ot=0.0, align=AlignmentConfig(scope="answer")))
+    objective = build(
+        ObjectiveConfig(lambda_rec=0, lambda_m=1.0, lambda_r=0.0, lambda_ot=0.0, align=AlignmentConfig(scope="answer"))
+    )
     values = objective(student, teacher, batch, output_head=make_head()).values
     parameters = list(objective.parameters())
     assert objective.aligner is not None and parameters
@@ -192,14 +194,14 @@ def test_default_alignment_moves_student_and_aligner_as_documented() -> None:
 @pytest.mark.parametrize(
     ("config", "needs", "modules"),
     [
-        (ObjectiveConfig(lambda_r=0, lambda_ot=0), set(), set()),
+        (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=0), set(), set()),
         (replace(ALL, alpha=0.0), set(), set()),
-        (ObjectiveConfig(lambda_r=1, lambda_ot=0), {"teacher", "visual"}, set()),
-        (ObjectiveConfig(lambda_r=1, lambda_ot=0, relation=RelationConfig(distance=0, cosine=0)), set(), set()),
-        (ObjectiveConfig(lambda_r=1, lambda_ot=0, strict=True), {"teacher", "hidden"}, {"aligner"}),
-        (ObjectiveConfig(lambda_r=0, lambda_ot=1), {"teacher", "visual"}, {"projection"}),
-        (ObjectiveConfig(lambda_r=0, lambda_ot=0, lambda_m=1), {"teacher", "hidden"}, {"aligner"}),
-        (ObjectiveConfig(lambda_r=0, lambda_ot=1, transport=TransportConfig(features="projected")),
+        (ObjectiveConfig(lambda_rec=0, lambda_r=1, lambda_ot=0), {"teacher", "visual"}, set()),
+        (replace(ALL, lambda_m=0, lambda_ot=0, relation=RelationConfig(distance=0, cosine=0)), set(), set()),
+        (ObjectiveConfig(lambda_rec=0, lambda_r=1, lambda_ot=0, strict=True), {"teacher", "hidden"}, {"aligner"}),
+        (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=1), {"teacher", "visual"}, {"projection"}),
+        (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=0, lambda_m=1), {"teacher", "hidden"}, {"aligner"}),
+        (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=1, transport=TransportConfig(features="projected")),
          {"teacher", "projected"}, {"projection"}),
         (ALL, {"teacher", "hidden", "visual"}, {"aligner", "projection"}),
     ],
@@ -219,7 +221,7 @@ def test_terms_of_weight_zero_need_and_build_nothing(
 
 
 def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
-    idle = EvlObjective(ObjectiveConfig(alpha=0.0), student=STUDENT, teacher=None)
+    idle = EvlObjective(ObjectiveConfig(lambda_rec=0, alpha=0.0), student=STUDENT, teacher=None)
     assert idle.needs == frozenset()
     with pytest.raises(ValueError, match="knows none"):
         EvlObjective(ALL, student=STUDENT, teacher=None)
@@ -233,11 +235,20 @@ def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
     [
         (replace(ALL, alpha=1.5), "objective.alpha"),
         (replace(ALL, align=AlignmentConfig(heads=3)), "objective.align.heads"),
-        (ObjectiveConfig(lambda_m=0, relation=RelationConfig(source="aligned")), "objective.relation.source"),
-        (ObjectiveConfig(strict=True, transport=TransportConfig(relax=1.0)), "objective.transport"),
-        (ObjectiveConfig(strict=True, transport=TransportConfig(marginals="lead")), "objective.transport"),
-        (ObjectiveConfig(transport=TransportConfig(solver="fused_gromov", relax=1.0)), "objective.transport.relax"),
-        (ObjectiveConfig(transport=TransportConfig(structure=1.5)), "objective.transport.structure"),
+        (
+            ObjectiveConfig(lambda_rec=0, lambda_m=0, relation=RelationConfig(source="aligned")),
+            "objective.relation.source",
+        ),
+        (ObjectiveConfig(lambda_rec=0, strict=True, transport=TransportConfig(relax=1.0)), "objective.transport"),
+        (
+            ObjectiveConfig(lambda_rec=0, strict=True, transport=TransportConfig(marginals="lead")),
+            "objective.transport",
+        ),
+        (
+            ObjectiveConfig(lambda_rec=0, transport=TransportConfig(solver="fused_gromov", relax=1.0)),
+            "objective.transport.relax",
+        ),
+        (ObjectiveConfig(lambda_rec=0, transport=TransportConfig(structure=1.5)), "objective.transport.structure"),
     ],
 )
 def test_impossible_configurations_say_where(config: ObjectiveConfig, where: str) -> None:
@@ -278,7 +289,7 @@ def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
     for student_width, teacher_width in ((64, 16), (16, 64)):
         torch.manual_seed(0)
-        config = ObjectiveConfig(lambda_r=0, lambda_ot=1)
+        config = ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=1)
         objective = EvlObjective(config, student=ModelFacts(student_width, 11), teacher=ModelFacts(teacher_width, 11))
         assert objective.projection is not None
         projected = objective.projection(seeded(500, teacher_width, dtype=torch.float32)).detach()
@@ -289,7 +300,7 @@ def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
 @pytest.mark.parametrize("features", ["last", "projected"])
 def test_relation_is_zero_for_identical_features_and_reads_what_it_names(cells: str, features: str) -> None:
     batch = make_batch()
-    config = ObjectiveConfig(lambda_ot=0, relation=RelationConfig(cells=cells, features=features, grid=2))
+    config = ObjectiveConfig(lambda_rec=0, lambda_ot=0, relation=RelationConfig(cells=cells, features=features, grid=2))
     student, teacher = make_pair(batch)
     same = frozen(replace(student, side=batch.student))
     objective = EvlObjective(config, student=STUDENT, teacher=STUDENT)
@@ -306,7 +317,7 @@ def test_relation_leaves_out_cells_that_the_teacher_does_not_cover() -> None:
     student, teacher = make_pair(batch)
     mask = teacher.side.visual_mask_BN.clone()
     mask[:, 3:] = False  # of 3 x 3 tokens the upper row remains: it covers the upper of 2 x 2 cells
-    objective = build(ObjectiveConfig(lambda_ot=0, relation=RelationConfig(grid=2)))
+    objective = build(ObjectiveConfig(lambda_rec=0, lambda_ot=0, relation=RelationConfig(grid=2)))
     half = replace(teacher, side=replace(teacher.side, visual_mask_BN=mask))
     terms = objective(student, half, batch, output_head=make_head(), diagnose=True)
     assert terms.diagnostics["rel_cells"] == 2
@@ -317,7 +328,9 @@ def test_relation_leaves_out_cells_that_the_teacher_does_not_cover() -> None:
 def test_relation_to_aligned_states_has_a_fixed_target() -> None:
     batch = make_batch()
     student, teacher = make_pair(batch)
-    objective = build(ObjectiveConfig(lambda_m=1, lambda_ot=0, relation=RelationConfig(source="aligned", grid=2)))
+    objective = build(
+        ObjectiveConfig(lambda_rec=0, lambda_m=1, lambda_ot=0, relation=RelationConfig(source="aligned", grid=2))
+    )
     value = objective(student, teacher, batch, output_head=make_head()).values["rel"]
     gradients = torch.autograd.grad(value, [*objective.parameters(), student.visual_BND], allow_unused=True)
     assert all(gradient is None for gradient in gradients[:-1]) and gradients[-1] is not None
@@ -444,7 +457,11 @@ def test_a_collapsed_aligner_is_seen() -> None:
     hidden = torch.cat([torch.ones(4, 14, 1), seeded(4, 1, TEACHER_WIDTH - 1, seed=5).expand(-1, 14, -1)], -1)
     teacher = replace(teacher, hidden_BSD=hidden)
     config = ObjectiveConfig(
-        lambda_m=1, lambda_r=0, lambda_ot=0, align=AlignmentConfig(position_bias=0, anchor=0, normalise=False)
+        lambda_rec=0,
+        lambda_m=1,
+        lambda_r=0,
+        lambda_ot=0,
+        align=AlignmentConfig(position_bias=0, anchor=0, normalise=False),
     )
     found = {}
     for kind, columns in (("collapsed", slice(0, 1)), ("alive", slice(1, None))):
@@ -469,7 +486,7 @@ def test_rolled_gap_of_every_term_is_positive_once_the_student_copies_its_teache
     batch = make_batch(rows=4)
     student, _ = make_pair(batch)
     teacher = frozen(replace(student, side=batch.student))
-    config = ObjectiveConfig(lambda_r=1, lambda_ot=1, relation=RelationConfig(grid=2))
+    config = ObjectiveConfig(lambda_rec=0, lambda_r=1, lambda_ot=1, relation=RelationConfig(grid=2))
     torch.manual_seed(0)
     objective = EvlObjective(config, student=STUDENT, teacher=STUDENT).double()
     assert objective.projection is not None

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from evlecg.errors import EvlecgError
 from evlecg.losses.bridge import Groups, answer_groups, class_log_probabilities, shared_classes
 from evlecg.losses.chunks import summed
+from evlecg.losses.records import first_rows
 from evlecg.losses.relation import page_grid, pool_to_cells
 from evlecg.losses.stable import full_precision, layer_normalised, masked_mean, zero_where_masked
 from evlecg.losses.terms import answer_count, answer_cross_entropy, frozen_reading, no_answers, weighted
@@ -437,7 +438,7 @@ class Rkd(Baseline):
 
     def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:
         """Distance and angle part."""
-        first_R = _first_rows(batch)
+        first_R = first_rows(batch)
         means = [_mean_token(outputs, first_R) for outputs in (student, teacher)]
         return {"rkd_distance": rkd_distance(*means), "rkd_angle": rkd_angle(*means)}
 
@@ -616,13 +617,6 @@ def _questions(outputs: Outputs) -> Tensor:
 def _unit_scale(x_AD: Tensor) -> Tensor:
     """Divided by the standard deviation of all its elements, as DSKD normalises."""
     return x_AD / x_AD.std().clamp_min(1e-6)
-
-
-def _first_rows(batch: Batch) -> Tensor:
-    """The first row of every record of a batch."""
-    first_B = torch.ones_like(batch.record_B, dtype=torch.bool)
-    first_B[1:] = batch.record_B[1:] != batch.record_B[:-1]
-    return first_B.nonzero()[:, 0]
 
 
 def _mean_token(outputs: Outputs, row_R: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from evlecg.losses.alignment import (
     visual_states,
 )
 from evlecg.losses.baselines import BASELINES, Baseline
+from evlecg.losses.records import answer_relation, first_rows, place_relation, question_states
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
 from evlecg.losses.terms import answer_accuracy, answer_count, answer_cross_entropy, frozen_reading, weighted
@@ -124,6 +125,9 @@ class EvlObjective(nn.Module):
         self.uses_alignment = config.alpha * config.lambda_m > 0
         self.uses_relation = config.alpha * config.lambda_r > 0 and relations
         self.uses_transport = config.alpha * config.lambda_ot > 0
+        among = config.records.distance > 0 or config.records.cosine > 0
+        rec = 0.0 if config.strict or not among else config.alpha * config.lambda_rec
+        self.uses_answers, self.uses_places = rec * config.records.answers > 0, rec * config.records.visual > 0
         self.relates_aligned = self.uses_relation and (config.strict or config.relation.source == "aligned")
         if self.relates_aligned and not self.uses_alignment and not config.strict:
             raise EvlecgError(
@@ -174,6 +178,10 @@ class EvlObjective(nn.Module):
             found.add(_FEATURES[self.config.transport.features])
         if self.uses_relation and not self.config.strict:
             found.add(_FEATURES[self.config.relation.features])
+        if self.uses_answers:
+            found.add("hidden")
+        if self.uses_places:
+            found.add(_FEATURES[self.config.records.features])
         return frozenset(found | {"teacher"}) if found else frozenset()
 
     @property
@@ -212,6 +220,8 @@ class EvlObjective(nn.Module):
             "anchor": config.alpha * config.lambda_m * config.align.anchor,
             "rel": config.alpha * ramp * config.lambda_r,
             "ot": config.alpha * ramp * config.lambda_ot,
+            "rec_answer": config.alpha * ramp * config.lambda_rec * config.records.answers,
+            "rec_visual": config.alpha * ramp * config.lambda_rec * config.records.visual,
         }
         if not self.needs:
             return weighted(values, weights)
@@ -241,6 +251,12 @@ class EvlObjective(nn.Module):
             found["ot"] = (batch.teacher.visual_mask_BN.any(1) & side.visual_mask_BN.any(1)).sum()
         if self.uses_relation:
             found["rel"] = (self._related(side, batch.teacher).sum(1) > 1).sum()
+        if self.uses_answers and batch.asked_Q is not None:
+            found["rec_answer"] = (batch.asked_Q.unique(return_counts=True)[1] > 1).sum()
+        if self.uses_places:
+            halves = (side, batch.teacher)
+            masks = [self._places(half, half.visual_box_BN4[..., :0], batch)[1] for half in halves]
+            found["rec_visual"] = ((masks[0] & masks[1]).sum(0) > 1).sum()
         return found
 
     def _terms(self, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module) -> _Terms:
@@ -254,7 +270,28 @@ class EvlObjective(nn.Module):
         if self.uses_relation:
             loss, cell_mask_BC = self._relation(student, teacher, terms.aligned_BSD)
             terms = replace(terms, values={**terms.values, "rel": loss}, cell_mask_BC=cell_mask_BC)
-        return terms
+        return replace(terms, values={**terms.values, **self._records(student, teacher, batch)})
+
+    def _records(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Relations among the records of the batch: at the same question, at the same cell of the page."""
+        config = self.config.records
+        weights, found = {"distance": config.distance, "cosine": config.cosine}, {}
+        if self.uses_answers and batch.asked_Q is not None:
+            ours_QD, theirs_QE = (question_states(out.hidden_BSD, out.side) for out in (student, teacher))
+            found["rec_answer"] = answer_relation(ours_QD, theirs_QE, batch.asked_Q, **weights)
+        if self.uses_places:
+            (ours_RCD, mask_RC), (theirs_RCE, their_mask_RC) = (
+                self._places(outputs.side, _tokens(outputs, config.features), batch) for outputs in (student, teacher)
+            )
+            found["rec_visual"] = place_relation(ours_RCD, theirs_RCE, mask_RC & their_mask_RC, **weights)
+        return found
+
+    def _places(self, side: Side, tokens_BND: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Visual tokens [R, C, D] of every record, pooled into cells, and which cells it has."""
+        assert batch.teacher is not None
+        pooled_BCD, mask_BC = _pooled(tokens_BND, side, self._grid(batch.student, batch.teacher))
+        first_R = first_rows(batch)
+        return pooled_BCD[first_R], mask_BC[first_R]
 
     def _alignment(
         self, aligner: CrossAligner, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module

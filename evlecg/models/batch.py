@@ -139,6 +139,7 @@ class BatchBuilder:
             teacher=_with_cells(teacher, self.teacher, lead_C, time_C2),
             cell_lead_C=torch.from_numpy(lead_C),
             cell_time_C2=torch.from_numpy(time_C2),
+            asked_Q=_asked(turns),
         )
 
     def _draw(self, sample: Sample, views: Sequence[View], augment: Augmenter | None) -> list[Page | Trace]:
@@ -151,6 +152,13 @@ class BatchBuilder:
             repeated = [(view, [turn]) for view, row in zip(views, turns, strict=True) for turn in row]
             views, turns = [view for view, _ in repeated], [row for _, row in repeated]
         return encoder.encode(views, turns), [view.layout for view in views]
+
+
+def _asked(turns: Sequence[Sequence[Turn]]) -> torch.Tensor:
+    """A number for the words of every question, [Q]: those of one batch, in the order in which they come up."""
+    numbers: dict[Any, int] = {}
+    asked = [(turn.history, turn.question) for row in turns for turn in row]
+    return torch.tensor([numbers.setdefault(words, len(numbers)) for words in asked], dtype=torch.long)
 
 
 def _with_cells(side: Any, encoder: AnyEncoder | None, lead_C: np.ndarray, time_C2: np.ndarray) -> Any:

@@ -1,0 +1,140 @@
+"""Relations among the records of a batch: plain loops, invariances, and what counts as the same question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from evlecg.losses.objective import EvlObjective
+from evlecg.losses.records import answer_relation, by_question, first_rows, place_relation, question_states
+from evlecg.losses.relation import relation_loss
+from evlecg.recipe import ObjectiveConfig, RecordsConfig, RelationConfig
+from evlecg.schema import Batch, ModelFacts
+from tests.test_alignment import make_side, seeded
+from tests.test_objective import STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY, make_batch, make_head, make_pair
+
+WEIGHTS = {"distance": 0.5, "cosine": 0.5}
+
+
+def loops(student: list[Tensor], teacher: list[Tensor]) -> float:
+    """The relation loss of a few records, straight from its equation."""
+
+    def distances(states: list[Tensor]) -> list[list[float]]:
+        d = [[float((a - b).norm()) for b in states] for a in states]
+        mean = sum(map(sum, d)) / (len(states) * (len(states) - 1))
+        return [[value / mean for value in row] for row in d]
+
+    def cosines(states: list[Tensor]) -> list[list[float]]:
+        return [[float(a @ b / (a.norm() * b.norm())) for b in states] for a in states]
+
+    total, n = 0.0, len(student)
+    for relation in (distances, cosines):
+        for ours, theirs in zip(relation(student), relation(teacher), strict=True):
+            total += 0.5 * sum((x - y) ** 2 for x, y in zip(ours, theirs, strict=True)) / n**2
+    return total
+
+
+def test_states_before_the_first_token_of_every_answer() -> None:
+    blocks = [[0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 2, 2, -1, -1]]
+    side = make_side(blocks, [[0] * 7] * 2, [[0] * 7] * 2, torch.zeros(2, 0, 4),
+                     answers=[(0, 2), (0, 3), (0, 5), (0, 6), (1, 2), (1, 4)])  # fmt: skip
+    hidden = torch.arange(14.0).reshape(2, 7, 1)
+    assert question_states(hidden, side)[:, 0].tolist() == [1, 4, 8, 10]
+
+
+def test_the_same_question_stands_side_by_side() -> None:
+    states, asked = torch.arange(6.0)[:, None], torch.tensor([0, 1, 1, 0, 2, 1])
+    grouped, mask = by_question(states, asked)
+    assert mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
+    assert [row[:n].tolist() for row, n in zip(grouped[..., 0], mask.sum(1), strict=True)] == [[0, 3], [1, 2, 5], [4]]
+    nothing, none = by_question(states[:0], asked[:0])
+    assert nothing.shape == (0, 0, 1) and none.shape == (0, 0)
+
+
+def test_answers_against_plain_loops() -> None:
+    student, teacher = seeded(6, 3), seeded(6, 5, seed=1)
+    asked = torch.tensor([0, 1, 0, 1, 0, 2])
+    expected = [loops([student[q] for q in group], [teacher[q] for q in group]) for group in ((0, 2, 4), (1, 3))]
+    found = answer_relation(student, teacher, asked, **WEIGHTS)
+    assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-9), "a question asked once says nothing"
+    order = torch.tensor([4, 1, 0, 5, 2, 3])
+    assert_close(answer_relation(student[order], teacher[order], asked[order], **WEIGHTS), found)
+    rotation = torch.linalg.qr(seeded(5, 5, seed=3))[0]
+    assert_close(answer_relation(student, teacher @ rotation * 7, asked, **WEIGHTS), found)
+    alone = answer_relation(student.requires_grad_(), teacher, torch.arange(6), **WEIGHTS)
+    assert float(alone.detach()) == 0 and alone.requires_grad
+
+
+def test_places_against_plain_loops() -> None:
+    student, teacher = seeded(4, 3, 2), seeded(4, 3, 6, seed=1)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
+    have = [[record for record in range(4) if mask[record, cell]] for cell in range(3)]
+    told = [loops([student[r, cell] for r in records], [teacher[r, cell] for r in records])
+            for cell, records in enumerate(have) if len(records) > 1]  # fmt: skip
+    assert float(place_relation(student, teacher, mask, **WEIGHTS)) == pytest.approx(sum(told) / 2, rel=1e-9)
+
+
+def build(config: ObjectiveConfig) -> EvlObjective:
+    torch.manual_seed(0)
+    facts = (ModelFacts(STUDENT_WIDTH, VOCABULARY), ModelFacts(TEACHER_WIDTH, VOCABULARY))
+    return EvlObjective(config, student=facts[0], teacher=facts[1])
+
+
+ONLY = ObjectiveConfig(alpha=0.4, lambda_r=0, lambda_ot=0, lambda_rec=5, relation=RelationConfig(grid=2))
+
+
+def asked(batch: Batch) -> Batch:
+    return replace(batch, asked_Q=torch.zeros(len(batch.sample_ids), dtype=torch.long))
+
+
+def test_the_objective_weighs_both_parts_and_counts_what_they_are_means_of() -> None:
+    batch = asked(make_batch())
+    objective = build(replace(ONLY, records=RecordsConfig(answers=2.0, visual=0.5)))
+    assert objective.needs == {"teacher", "hidden", "visual"}
+    student, teacher = make_pair(batch)
+    terms = objective(student, teacher, batch, output_head=make_head(), ramp=0.5, diagnose=True)
+    assert set(terms.values) == {"ce", "rec_answer", "rec_visual"} == set(objective.counts(batch))
+    assert terms.weights["rec_answer"] == pytest.approx(0.4 * 0.5 * 5 * 2)
+    assert terms.weights["rec_visual"] == pytest.approx(0.4 * 0.5 * 5 * 0.5)
+    assert {"rec_answer_rolled_gap", "rec_visual_rolled_gap"} <= set(terms.diagnostics)
+    assert int(objective.counts(batch)["rec_answer"]) == 1 and int(objective.counts(batch)["rec_visual"]) == 4
+    at = batch.student.answer_A2[::2]
+    expected = relation_loss(
+        student.hidden_BSD[at[:, 0], at[:, 1] - 1][None], question_states(teacher.hidden_BSD, teacher.side)[None],
+        torch.ones(1, 3, dtype=torch.bool),
+    )  # fmt: skip
+    assert_close(terms.values["rec_answer"], expected)
+    terms.total.backward()
+    for leaf in (student.hidden_BSD, student.visual_BND):
+        assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0
+
+
+def test_a_teacher_is_followed_and_the_published_form_has_none_of_it() -> None:
+    batch = asked(make_batch())
+    student, _ = make_pair(batch)
+    same = replace(student, side=batch.student)
+    values = build(ONLY)(student, same, replace(batch, teacher=batch.student), output_head=make_head()).values
+    assert float(values["rec_answer"].detach()) == 0 == float(values["rec_visual"].detach())
+    strict = build(ObjectiveConfig(strict=True, lambda_m=1, lambda_rec=5)).double()
+    student, teacher = make_pair(batch)
+    terms = strict(student, teacher, batch, output_head=make_head())
+    assert set(terms.values) == {"ce", "mhca", "rel", "ot"}
+    assert build(replace(ONLY, records=RecordsConfig(distance=0, cosine=0))).needs == frozenset()
+    unknown = build(ONLY)(*make_pair(make_batch()), make_batch(), output_head=make_head())
+    assert set(unknown.values) == {"ce", "rec_visual"}, "nobody said which questions are the same"
+
+
+def test_further_rows_of_a_record_are_no_further_records() -> None:
+    batch = replace(make_batch(rows=4), sample_ids=("a", "b"), record_B=torch.tensor([0, 0, 1, 1]))
+    assert first_rows(batch).tolist() == [0, 2]
+    student, teacher = make_pair(batch)
+    objective = build(replace(ONLY, records=RecordsConfig(answers=0)))
+    found = objective(student, teacher, batch, output_head=make_head()).values["rec_visual"]
+    moved = teacher.visual_BND.clone()
+    moved[1] += 3.0
+    assert_close(objective(student, replace(teacher, visual_BND=moved), batch, output_head=make_head())
+                 .values["rec_visual"], found)  # fmt: skip

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 SPLIT_NAMES = ("train", "val", "test", "all")
 THRESHOLDS_FROM = ("val", "none")
 PREDICTIONS, VALIDATION = "predictions.jsonl", "predictions_val.jsonl"
+QUESTIONS_READ = {"packed": "in one row a page", "shared": "from the cache of the page", "rows": "one row a question"}
 N_WORST = 6  # records whose pages are drawn
 WORST_PAGE_PX = (1100, 850)  # letters are still read
 
@@ -237,7 +238,7 @@ def _scorer(loaded: models.Loaded, prepared: Prepared, page: PageConfig, samples
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = page.student_size
     scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
-    scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))
+    scorer.prove(max(samples[:64], key=lambda sample: len(sample.questions)))
     return scorer
 
 
@@ -270,7 +271,7 @@ def _provenance(loaded: models.Loaded, prepared: Prepared, question: str, scorer
         },
         "data_fingerprint": prepared.fingerprint,
         "question": question,
-        "questions_read": "in one row a page" if scorer.packed else f"one row a question ({scorer.packing_note})",
+        "questions_read": f"{QUESTIONS_READ[scorer.way]} ({scorer.note})",
         "environment": environment(),
     }
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from evlecg.errors import EvlecgError
 from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
-from evlecg.models.outputs import as_model, forward, largest_difference, model_positions, tolerance, to_device
+from evlecg.models.outputs import as_model, forward, largest_difference, model_positions, to_device, tolerance
 from evlecg.models.views import AnyEncoder
 from evlecg.schema import Side
 

@@ -38,7 +38,7 @@ WAYS = (PACKED, SHARED, ROWS)
 CALIBRATIONS = ("none", "blank")
 OPTIONS = ("line", "letter", "text")
 REMEMBERED_PRIORS = 20_000
-LETTERED = re.compile(r"^\(?([A-Z])[.):]\s*(.+)$", re.DOTALL)
+LETTERED = re.compile(r"^[ \t]*\(?([A-Z])[.):]+[ \t]+(\S.*?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Answering:
     def __post_init__(self) -> None:
         for name, known in (("calibration", CALIBRATIONS), ("options", OPTIONS)):
             if getattr(self, name) not in known:
-                raise EvlecgError(f"unknown {name} {getattr(self, name)!r}", where=name, hint=f"one of {', '.join(known)}")
+                raise EvlecgError(f"unknown {name} {getattr(self, name)!r}", where=name,
+                                  hint=f"one of {', '.join(known)}")  # fmt: skip
         for choice, written in self.wordings.items():
             if not written or not all(written):
                 raise EvlecgError(f"{choice!r} is written in no way", where="wordings")
@@ -73,27 +74,43 @@ class Answering:
         """Whether choices are written as they are, and set against nothing."""
         return self == Answering()
 
-    def written(self, choice: str) -> tuple[str, ...]:
-        """The answers that stand for a choice.
+    def written(self, question: Question, choice: str) -> tuple[str, ...]:
+        """The answers that stand for a choice of a question.
 
         Raises:
-            EvlecgError: it has no letter.
+            EvlecgError: it is to be answered by its letter, and has none.
         """
         if choice in self.wordings:
             return self.wordings[choice]
         if self.options == "line":
             return (choice,)
-        lettered = LETTERED.match(choice)
-        if lettered is None:
-            if self.options == "text":
-                return (choice,)
-            raise EvlecgError(f"a choice has no letter: {choice!r}", where="options", hint="options by text")
-        return (lettered[1 if self.options == "letter" else 2],)
+        letter, text = letter_and_text(question, choice)
+        if self.options == "text":
+            return (text,)
+        if not letter:
+            raise EvlecgError(f"a choice has no letter: {choice!r}", where=question.id or question.text[:60],
+                              hint="options by text")  # fmt: skip
+        return (letter,)
 
     def to_dict(self) -> dict[str, Any]:
         """For provenance."""
         return {"calibration": self.calibration, "options": self.options,
                 "wordings": {choice: list(written) for choice, written in self.wordings.items()}}  # fmt: skip
+
+
+def letter_and_text(question: Question, choice: str) -> tuple[str, str]:
+    """(letter, text) of a choice: of `B. flutter`, or of `B` or `flutter` where the question has such a line.
+
+    The letter is empty, and the text the choice, where there is none.
+    """
+    own = LETTERED.fullmatch(choice)
+    if own:
+        return own[1], own[2]
+    bare = choice.strip(" ().:")
+    for letter, text in LETTERED.findall(question.text):
+        if bare == letter or choice.strip(" .").casefold() == text.strip(" .").casefold():
+            return letter, text
+    return "", choice
 
 
 @dataclass(frozen=True)
@@ -230,7 +247,7 @@ class Scorer:
 
     def _choice_likelihoods(self, question: Question, read: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Log likelihoods [choices], float64, from the (logits [A,V], ids [A]) of the question's turns."""
-        written = [self.answering.written(choice) for choice in question.choices]
+        written = [self.answering.written(question, choice) for choice in question.choices]
         single = self._single_tokens(question)
         if single is not None:
             logp_V = read[0][0][0].double().log_softmax(-1).cpu()
@@ -247,7 +264,10 @@ class Scorer:
     def _answer_logits(
         self, pages: Sequence[Any], turns: Sequence[Sequence[Turn]]
     ) -> Iterator[tuple[tuple[int, int], tuple[Tensor, Tensor]]]:
-        """(page, turn of the page) -> its answer's logits [A,V] and ids [A]; a forward pass has as many rows as pages."""
+        """(page, turn of the page) -> its answer's logits [A,V] and ids [A].
+
+        A forward pass has no more rows of whole pages than there are pages.
+        """
         device = next(self.loaded.model.parameters()).device
         if self.way == ROWS:
             flat = [(row, place, turn) for row, asked in enumerate(turns) for place, turn in enumerate(asked)]
@@ -281,13 +301,13 @@ class Scorer:
     def _turns(self, question: Question) -> list[Turn]:
         """The texts to run: one where every answer is a single token, else one for each way to write a choice."""
         turns = [Turn.of(question, way, ends=False)
-                 for choice in question.choices for way in self.answering.written(choice)]  # fmt: skip
+                 for choice in question.choices for way in self.answering.written(question, choice)]  # fmt: skip
         return turns[:1] if self._single_tokens(question) is not None else turns
 
     def _single_tokens(self, question: Question) -> list[list[int]] | None:
         """Of every choice the ids of the ways to write it, where each is one token and all differ."""
-        ids = [[self.encoder.answer_ids(Turn.of(question, way, ends=False)) for way in self.answering.written(choice)]
-               for choice in question.choices]  # fmt: skip
+        written = [self.answering.written(question, choice) for choice in question.choices]
+        ids = [[self.encoder.answer_ids(Turn.of(question, way, ends=False)) for way in ways] for ways in written]
         flat = [way for ways in ids for way in ways]
         single = {way[0] for way in flat if len(way) == 1}
         return [[way[0] for way in ways] for ways in ids] if len(single) == len(flat) else None

@@ -16,6 +16,11 @@ from evlecg.report.measured import AS_ANSWERED, FIXED_SPECIFICITY, Measured
 from evlecg.report.published import published_for
 
 UNDEFINED = "–"
+SUMMED = "an answer is written in several ways, whose probabilities add up"
+CALIBRATED = (
+    "calibrated on blank paper: P(answer) is divided by P(answer) on paper without a tracing (Zhao 2021); this shifts "
+    "the log odds of every question by a constant, so AUROCs of labels are what they were"
+)
 Row = tuple[str, ...]
 
 
@@ -94,6 +99,8 @@ def sections(report: Report) -> Iterator[Section]:
         yield _worst(report)
     if report.robustness:
         yield _robustness(report.robustness.comparison, report.robustness.disturbances)
+    for title, robustness in report.text_robustness.items():
+        yield _robustness(robustness.comparison, robustness.disturbances, title)
     if report.cost:
         yield _cost(report.cost)
     yield from _published(report)
@@ -292,15 +299,17 @@ def _worst(report: Report) -> Section:
     ), (Table(("record", "label", "truth", "score", "also wrong", "about"), rows),))  # fmt: skip
 
 
-def _robustness(comparison: Comparison, disturbances: Mapping[str, str]) -> Section:
+def _robustness(comparison: Comparison, disturbances: Mapping[str, str], subset: str = "") -> Section:
     rows = [("clean", estimate_text(comparison.models["clean"].headline), "", "", "the pages as reported above")]
     rows += [
         (pair.a, estimate_text(comparison.models[pair.a].headline), difference_text(pair.headline),
          p_text(pair.headline.p_holm), disturbances[pair.a])
         for pair in comparison.pairs
     ]  # fmt: skip
-    return Section("robustness", "Under disturbed pages", (), (
-        Table(("pages", "macro AUROC", "difference to clean", "p (Holm)", "what was done"), rows),))  # fmt: skip
+    what = comparison.metric if subset else "macro AUROC"
+    title = f"Under disturbed pages{f': {subset}' if subset else ''}"
+    return Section("robustness", title, (), (
+        Table(("pages", what, "difference to clean", "p (Holm)", "what was done"), rows),))  # fmt: skip
 
 
 def _cost(cost: Cost) -> Section:
@@ -334,8 +343,11 @@ def formulas(report: Report) -> list[str]:
     if measured is None:
         return list(report.text.formulas()) if report.text else []
     decided = measured.decided[AS_ANSWERED].metrics
+    answers = report.provenance.get("answers", {})
     lines = [
         SCORE_FORMULAS[report.score_source],
+        *([SUMMED] if answers.get("wordings") else []),
+        *([CALIBRATED] if answers.get("calibration") == "blank" else []),
         f"AUROC of a label = {measured.auroc.headline.method.split('of one label: ')[-1]}; a record in which the "
         "label was not assessed is in no pair",
         f"macro = {measured.auroc.overall['macro'].method.split(';')[0]}; "

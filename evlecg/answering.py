@@ -108,8 +108,8 @@ def chosen_protocol(protocol: str | None, prepared: Prepared, indices: Sequence[
     if protocol is not None and protocol not in PROTOCOLS:
         raise EvlecgError(f"unknown protocol {protocol!r}", where="--protocol", hint=nearest(protocol, PROTOCOLS))
     if protocol == "likelihood" and (text.predictions or text.judged or text.choose_by):
-        raise EvlecgError("predictions, verdicts and options are of answers, not of labels", where="--protocol",
-                          hint="--protocol ecgbench")  # fmt: skip
+        raise EvlecgError("predictions, verdicts and options are of answers in words, not of likelihoods",
+                          where="--protocol", hint="--protocol ecgbench")  # fmt: skip
     if protocol is not None:
         return protocol
     if text.predictions or text.judged or text.choose_by or not prepared.label_names:

@@ -93,8 +93,9 @@ def check_gates(
                           hint="--min-score NAME=VALUE")  # fmt: skip
     if auroc is not None and gates.min_auc is not None:
         results.append(_least("--min-auc", "macro AUROC", gates.min_auc, auroc.headline))
-    for label, least in gates.min_label_auc.items() if auroc is not None else ():
-        results.append(_least(f"--min-label-auc {label}", f"AUROC of {label}", least, auroc.labels[label]))
+    labels = auroc.labels if auroc is not None else {}
+    for label, least in gates.min_label_auc.items():
+        results.append(_least(f"--min-label-auc {label}", f"AUROC of {label}", least, labels[label]))
     for name, least in gates.min_score.items():
         found = (scores or {}).get(name)
         if found is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from evlecg.metrics import Comparison, Difference, Estimate, GroupTable, McNemar
+from evlecg.metrics import Comparison, DeLongTest, Difference, Estimate, GroupTable, McNemar
 from evlecg.report.data import SCORE_FORMULAS, Cost, Report
 from evlecg.report.measured import AS_ANSWERED, FIXED_SPECIFICITY, Measured
 from evlecg.report.published import published_for
@@ -381,9 +381,19 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[Row]:
 
 
 def comparison_sections(
-    comparison: Comparison, tests: Sequence[tuple[str, McNemar]], notes: Sequence[str]
+    comparison: Comparison,
+    tests: Sequence[tuple[str, McNemar, float | None]],
+    notes: Sequence[str],
+    delong: Mapping[tuple[str, str, str], tuple[DeLongTest, float | None]],
 ) -> Iterator[Section]:
-    """Models on the same records: each one's numbers, differences, label groups, contrasts, exact answers."""
+    """Models on the same records: each one's numbers, differences, label groups, contrasts, exact answers.
+
+    Args:
+        comparison: of AUROC.
+        tests: (rule of the decisions in words, McNemar's test, its exact p after Holm).
+        notes: what was left out.
+        delong: (model, other model, label) -> DeLong's test, its p after Holm.
+    """
     rows = [(name, *(estimate_text(found) for found in estimates.overall.values()),
              str(estimates.headline.n), str(estimates.headline.n_patients))
             for name, estimates in comparison.models.items()]  # fmt: skip
@@ -417,14 +427,41 @@ def comparison_sections(
                 "Of every two parts of the tracing: the difference between the models in the first minus the same in "
                 "the second. If distillation carries over what a part hangs on, its contrast is not 0.",
             ), (Table(("models", "contrast", "difference (95% interval)", "p", "p (Holm)"), rows),))  # fmt: skip
-    yield differences("Label by label", "labels", "labels", ())
+    yield _labels_compared(comparison, delong)
     if tests:
         rows = [(f"{test.a} − {test.b}", rule, UNDEFINED if test.value is None else f"{test.value:+.3f}",
-                 p_text(test.p_exact), p_text(test.p_mid), mcnemar_text(test)) for rule, test in tests]  # fmt: skip
-        yield Section("mcnemar", "Exact answers (McNemar)", tuple(dict.fromkeys(
-            test.caveat for _, test in tests if test.caveat
-        )), (Table(("models", "decided by", "difference in accuracy", "p (exact)", "p (mid)", ""), rows),))  # fmt: skip
+                 p_text(test.p_exact), p_text(p_holm), p_text(test.p_mid), mcnemar_text(test))
+                for rule, test, p_holm in tests]  # fmt: skip
+        heads = ("models", "decided by", "difference in accuracy", "p (exact)", "p (exact, Holm)", "p (mid)", "records")
+        yield Section("mcnemar", "Exact answers (McNemar)", (
+            "An answer to a record is right where all its labels are.",
+            *dict.fromkeys(test.caveat for _, test, _ in tests if test.caveat),
+        ), (Table(heads, rows),))  # fmt: skip
     some = comparison.pairs[0].headline
     yield Section("formulas", "How the numbers are formed", (
-        some.method, some.interval_method, *dict.fromkeys(test.method for _, test in tests),
+        some.method, some.interval_method, *dict.fromkeys(test.method for _, test, _ in tests),
+        *dict.fromkeys(f"DeLong: {test.method}" for test, _ in delong.values()),
+        "p (Holm) is adjusted within each table: differences over all labels over the pairs, labels over all labels "
+        "and pairs, exact answers over the pairs of one rule",
     ))  # fmt: skip
+
+
+def _labels_compared(
+    comparison: Comparison, delong: Mapping[tuple[str, str, str], tuple[DeLongTest, float | None]]
+) -> Section:
+    """Every label of every pair, by the bootstrap over patients and by DeLong's test."""
+    rows = []
+    for pair in comparison.pairs:
+        for label, found in pair.labels.items():
+            test, p_holm = delong[pair.a, pair.b, label]
+            n_pos = found.n_pos or 0
+            rows.append((
+                f"{pair.a} − {pair.b}", label, str(n_pos), str(found.n - n_pos), difference_text(found),
+                p_text(found.p), p_text(found.p_holm), interval(test.ci95, sign="+"), p_text(test.p), p_text(p_holm),
+                found.undefined_because or "",
+            ))  # fmt: skip
+    return Section("labels", "Label by label", (
+        "Two ways to an interval and a p: resampled patients, and DeLong's variance. Where they disagree there are "
+        "few records on one side.",
+    ), (Table(("models", "of", "positive", "negative", "difference (95% interval)", "p", "p (Holm)",
+               "DeLong's interval", "DeLong's p", "DeLong's p (Holm)", ""), rows),))  # fmt: skip

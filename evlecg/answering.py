@@ -159,10 +159,7 @@ def evaluate_text(
     left_out = dict(left_out)
     if text.choose_by is not None:
         asked = asked or _asked(prepared, indices, _of_labels(prepared, indices, labels))
-        open_ = [entry for entry in asked if len(entry.question.choices) < 2]
-        if open_:
-            left_out[f"{len(open_)} questions"] = "they offer no options to choose among"
-            asked = [entry for entry in asked if len(entry.question.choices) > 1]
+        asked = _choosable(asked, text.choose_by, left_out)
     if not asked:
         raise EvlecgError(f"the split {split!r} has no question of the dataset's own", where=prepared.path,
                           hint="--protocol likelihood scores labels")  # fmt: skip
@@ -226,6 +223,24 @@ def evaluate_text(
             model, prepared, split, joined, text, verdicts, folder, n_boot, left_out, provenance, gates, measured,
             disturbed,
         )  # fmt: skip
+
+
+def _choosable(asked: Sequence[_Asked], by: str, left_out: dict[str, str]) -> list[_Asked]:
+    """The questions whose options can be chosen among in that way; of the others `left_out` says why not."""
+    from evlecg.models.score import letter_and_text
+
+    kept: list[_Asked] = []
+    passed: Counter[str] = Counter()
+    for entry in asked:
+        choices = entry.question.choices
+        if len(choices) < 2:
+            passed["they offer no options to choose among"] += 1
+        elif by == "letter" and not all(letter_and_text(entry.question, choice)[0] for choice in choices):
+            passed["their options have no letters (--choose-by text)"] += 1
+        else:
+            kept.append(entry)
+    left_out |= {f"{count} questions": why for why, count in passed.items()}
+    return kept
 
 
 def _file(disturbance: str) -> str:
@@ -329,9 +344,6 @@ class _Chooser(_Answerer):
         self.scorer = Scorer(loaded, prepared, page_style(page), size_px=_size(page), answering=answering)
         if isinstance(self.scorer.view, tuple):
             self.view = self.scorer.view
-        for entry in asked:
-            for choice in entry.question.choices:
-                answering.written(entry.question, choice)  # one without a letter fails now
         most = max(asked, key=lambda entry: len(entry.question.choices))
         self.scorer.prove(Sample(most.record_index, most.item.record_id, (most.question,)))
 

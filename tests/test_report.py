@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as xml
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,18 @@ from numpy.testing import assert_allclose
 from sklearn.metrics import roc_auc_score
 
 from evlecg.errors import EvlecgError
-from evlecg.metrics import AUC_HARD, AUROC, BRIER, Scored, compare, estimate, fit_temperature, thresholds_for_youden
+from evlecg.metrics import (
+    AUC_HARD,
+    AUROC,
+    BRIER,
+    Scored,
+    compare,
+    delong_test,
+    estimate,
+    fit_temperature,
+    holm,
+    thresholds_for_youden,
+)
 from evlecg.report import (
     Cost,
     Gates,
@@ -412,6 +424,14 @@ def test_the_falsification_test_tells_groups_contrasts_and_exact_answers(tmp_pat
     markdown = (tmp_path / "comparison.md").read_text()
     assert f"| distilled − SFT-only | macro | {pair.headline.value:+.3f} (" in markdown
     assert "QRS shape more than ST/T" in markdown
+    tests = [delong_test({a: models[a], b: models[b]}, label)
+             for a, b in combinations(models, 2) for label in found.auroc.models[a].labels]  # fmt: skip
+    assert [test["p"] for test in told["delong"]] == [test.p for test in tests]
+    assert [test["p_holm"] for test in told["delong"]] == holm([test.p for test in tests])
+    exact = [test.p_exact for rule, test in found.tests if rule == "youden"]
+    assert [test["p_exact_holm"] for test in told["mcnemar"] if test["rule"] == "youden"] == holm(exact)
+    labels = rows(markdown, "Label by label")
+    assert f"{tests[0].ci95[0]:+.3f}–{tests[0].ci95[1]:+.3f}".replace("–-", " to -") in markdown and labels
     html = (tmp_path / "comparison.html").read_text()
     page = _Page()
     page.feed(html)

@@ -196,6 +196,12 @@ def test_a_group_that_is_worse_is_named_at_the_top() -> None:
     assert list(measured.subgroups["device"].groups) == ["old", "new", "absent"]
     told = summary(make(measured=measured))[-1]
     assert told.startswith("Worse in: new (device) -0.") and told.endswith("against old.")
+    more_N = np.arange(400) >= 150  # the larger group is the worse one
+    value_NK[more_N] = np.random.default_rng(1).random(value_NK[more_N].shape)
+    measured = measure(scored.replaced(value_NK=value_NK), n_boot=200,
+                       groups={"device": ["new" if more else "old" for more in more_N]})  # fmt: skip
+    assert summary(make(measured=measured))[-1].startswith("Worse in: new (device), as old is better by +0.")
+    assert "Records of the training split" in summary(make(measured=measured, split="all"))[-1]
     alike = measure(scored, groups={"device": ["new" if late else "old" for late in late_N]}, n_boot=200)
     assert summary(make(measured=alike))[-1].startswith("No group of patients is shown to be worse")
     one = measure(scored, groups={"device": ["old"] * 400}, n_boot=0)

@@ -16,6 +16,7 @@ from evlecg.report.measured import AS_ANSWERED, FIXED_SPECIFICITY, Measured
 from evlecg.report.published import published_for
 
 UNDEFINED = "–"
+FEW = 10  # records
 SUMMED = "an answer is written in several ways, whose probabilities add up"
 CALIBRATED = (
     "calibrated on blank paper: P(answer) is divided by P(answer) on paper without a tracing (Zhao 2021); this shifts "
@@ -86,7 +87,7 @@ def sections(report: Report) -> Iterator[Section]:
         yield Section("gates", "Gates", (), (Table(("", "gate", "found"), rows),))
     measured = report.measured
     if measured:
-        yield Section("labels", "Labels, weakest first", (), (label_table(report, measured),))
+        yield Section("labels", "Labels, weakest first", _few(measured), (label_table(report, measured),))
         yield from _label_groups(measured)
         yield from _overall(measured)
         yield from _subgroups(measured)
@@ -136,24 +137,30 @@ def summary(report: Report) -> list[str]:
     if unsure:
         lines.append(f"Without an interval, hence no evidence by themselves: {', '.join(unsure)}.")
     lines.append(_worse_groups(measured))
+    if report.split in ("all", "train"):
+        lines.append("Records of the training split are among these: a model that was trained on this dataset has seen "
+                     "them.")  # fmt: skip
     return lines
 
 
 def _worse_groups(measured: Measured) -> str:
-    """Groups of records whose interval of the difference lies below 0."""
-    worse = [
-        f"{group} ({kind}) {difference_text(found)} against {table.reference}"
-        for kind, table in measured.subgroups.items()
-        for group, found in table.differences.items()
-        if found.value is not None and found.value < 0 and found.p_holm is not None and found.p_holm < 0.05
-    ]
+    """Groups of records that are told apart from the largest, whichever of the two is the worse one."""
+    worse = []
+    for kind, table in measured.subgroups.items():
+        for group, found in table.differences.items():
+            if found.value is None or found.p_holm is None or found.p_holm >= 0.05:
+                continue
+            if found.value < 0:
+                worse.append(f"{group} ({kind}) {difference_text(found)} against {table.reference}")
+            else:
+                worse.append(f"{table.reference} ({kind}), as {group} is better by {difference_text(found)}")
     compared = sum(found.value is not None for table in measured.subgroups.values()
                    for found in table.differences.values())  # fmt: skip
     if worse:
         return f"Worse in: {'; '.join(worse)}."
     if not compared:
         return "Whether it is worse in some group of patients is not known: no two groups are large enough."
-    return f"No group of patients is shown to be worse than the largest ({compared} compared)."
+    return f"No group of patients is shown to be worse than another ({compared} compared with the largest)."
 
 
 def label_table(report: Report, measured: Measured) -> Table:
@@ -174,6 +181,16 @@ def label_table(report: Report, measured: Measured) -> Table:
         ))  # fmt: skip
     return Table(("label", "meaning", "AUROC", "95% interval", "DeLong's", "positive", "negative",
                   "average precision", "Brier", "ECE", "ECE if calibrated"), rows)  # fmt: skip
+
+
+def _few(measured: Measured) -> tuple[str, ...]:
+    """A warning where a label has hardly any records on one side."""
+    few = [name for name, found in measured.auroc.labels.items()
+           if found.value is not None and min(found.n_pos or 0, found.n - (found.n_pos or 0)) < FEW]  # fmt: skip
+    if not few:
+        return ()
+    return (f"Fewer than {FEW} records with or without it, so that one record more or less moves the number: "
+            f"{', '.join(few)}.",)  # fmt: skip
 
 
 def _label_groups(measured: Measured) -> Iterator[Section]:
@@ -229,7 +246,7 @@ def group_table(table: GroupTable) -> Table:
         rows.append((
             name, str(n_patients), str(n_records), estimate_text(found),
             "the reference" if name == table.reference else difference_text(against) if against else UNDEFINED,
-            p_text(against.p_holm) if against else "", found.undefined_because or "",
+            p_text(against.p_holm) if against else "", found.undefined_because or found.caveat or "",
         ))  # fmt: skip
     return Table(("group", "patients", "records", "macro AUROC", "difference", "p (Holm)", ""), rows)
 

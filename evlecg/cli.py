@@ -327,7 +327,7 @@ def eval_(
         typer.Option(metavar="YES/NO", help="How yes and no are written; probabilities of several ways add up."),
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help="none, or blank: likelihoods against those on paper without a tracing.")
+        str, typer.Option(help="none, or blank: against the likelihoods on blank paper (for untrained models).")
     ] = "none",
     choose_by: Annotated[
         str | None,

@@ -234,12 +234,12 @@ def _choosable(asked: Sequence[_Asked], by: str, left_out: dict[str, str]) -> li
     for entry in asked:
         choices = entry.question.choices
         if len(choices) < 2:
-            passed["they offer no options to choose among"] += 1
+            passed["questions without options"] += 1
         elif by == "letter" and not all(letter_and_text(entry.question, choice)[0] for choice in choices):
-            passed["their options have no letters (--choose-by text)"] += 1
+            passed["questions whose options have no letters"] += 1
         else:
             kept.append(entry)
-    left_out |= {f"{count} questions": why for why, count in passed.items()}
+    left_out |= {f"{count} {what}": f"options are chosen by {by}" for what, count in passed.items()}
     return kept
 
 

@@ -465,9 +465,20 @@ def compare_reports(
         validation = {name: read_scored(folder, name=VALIDATION) for name, folder in named.items()}
         validation = {name: _columns(found, labels) for name, found in validation.items()}
     found = compare_models(scored, validation, label_groups=labels_by_basis(labels), n_boot=n_boot)
+    found = dataclasses.replace(found, notes=(*_scored_on(named), *found.notes))
     with new_folder(out, overwrite) as folder:
         write_comparison(found, folder, " against ".join(named))
     return found
+
+
+def _scored_on(named: Mapping[str, Path]) -> tuple[str, ...]:
+    """What reports say they are of, where they are there and of one thing."""
+    told = set()
+    for folder in named.values():
+        if (folder / "report.json").is_file():
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            told.add(f"Scored on {report['dataset']} ({report['split']}).")
+    return tuple(told) if len(told) == 1 else ()
 
 
 def _columns(scored: Scored, labels: Sequence[str]) -> Scored:

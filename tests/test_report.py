@@ -436,8 +436,7 @@ def test_the_falsification_test_tells_groups_contrasts_and_exact_answers(tmp_pat
     assert [test["p_holm"] for test in told["delong"]] == holm([test.p for test in tests])
     exact = [test.p_exact for rule, test in found.tests if rule == "youden"]
     assert [test["p_exact_holm"] for test in told["mcnemar"] if test["rule"] == "youden"] == holm(exact)
-    labels = rows(markdown, "Label by label")
-    assert f"{tests[0].ci95[0]:+.3f}–{tests[0].ci95[1]:+.3f}".replace("–-", " to -") in markdown and labels
+    assert f"{tests[0].ci95[0]:+.3f} to {tests[0].ci95[1]:+.3f}" in "\n".join(section(markdown, "Label by label"))
     html = (tmp_path / "comparison.html").read_text()
     page = _Page()
     page.feed(html)

@@ -417,7 +417,7 @@ def comparison_sections(
     first = next(iter(comparison.models.values()))
     told = [f"{pair.a} minus {pair.b}: macro AUROC {difference_text(pair.headline)}, p {p_text(pair.headline.p_holm)} "
             f"(adjusted over {counted(len(comparison.pairs), 'pair')})." for pair in comparison.pairs]  # fmt: skip
-    yield Section("models", "Models", (*told, *notes), (
+    yield Section("models", "Models", (*told, "Above 0 the first of the two is better.", *notes), (
         Table(("model", *(f"{kind} AUROC" for kind in first.overall), "records", "patients"), rows),))  # fmt: skip
 
     def differences(title: str, key: str, part: str, lead: tuple[str, ...]) -> Section:
@@ -472,9 +472,10 @@ def _labels_compared(
         for label, found in pair.labels.items():
             test, p_holm = delong[pair.a, pair.b, label]
             n_pos = found.n_pos or 0
+            low_high = UNDEFINED if test.ci95 is None else "{:+.3f} to {:+.3f}".format(*test.ci95)
             rows.append((
                 f"{pair.a} − {pair.b}", label, str(n_pos), str(found.n - n_pos), difference_text(found),
-                p_text(found.p), p_text(found.p_holm), interval(test.ci95, sign="+"), p_text(test.p), p_text(p_holm),
+                p_text(found.p), p_text(found.p_holm), low_high, p_text(test.p), p_text(p_holm),
                 found.undefined_because or "",
             ))  # fmt: skip
     return Section("labels", "Label by label", (

@@ -42,7 +42,7 @@ from evlecg.protocol import (
 )  # fmt: skip
 from evlecg.protocol.bench import LABELS, OPEN
 from evlecg.recipe import DataConfig, PageConfig, nearest
-from evlecg.report import Cost, Gates, Report, Robustness, check_gates, environment, write_report
+from evlecg.report import Cost, Gates, Report, Robustness, check_gates, counted, environment, write_report
 from evlecg.schema import Question, Sample
 
 PROTOCOLS = ("likelihood", "ecgbench")
@@ -234,12 +234,14 @@ def _choosable(asked: Sequence[_Asked], by: str, left_out: dict[str, str]) -> li
     for entry in asked:
         choices = entry.question.choices
         if len(choices) < 2:
-            passed["questions without options"] += 1
+            passed["without options"] += 1
         elif by == "letter" and not all(letter_and_text(entry.question, choice)[0] for choice in choices):
-            passed["questions whose options have no letters"] += 1
+            passed["with options that have no letters"] += 1
         else:
             kept.append(entry)
-    left_out |= {f"{count} {what}": f"options are chosen by {by}" for what, count in passed.items()}
+    left_out |= {
+        f"{counted(count, 'question')} {what}": f"options are chosen by {by}" for what, count in passed.items()
+    }
     return kept
 
 

@@ -145,10 +145,12 @@ def evaluate(
             raise EvlecgError("the data's own questions have their own words", where="--question, --answers",
                               hint="--protocol likelihood")  # fmt: skip
         asked_of = labels if text.predictions else labels or _known_labels(model, prepared)
+        if calibration != "none":
+            text = dataclasses.replace(text, calibration=calibration)
         return evaluate_text(
-            model, prepared, indices, dataclasses.replace(text, calibration=calibration), split=split, out=out,
-            page=page, batch_size=batch_size, dtype=dtype, n_boot=n_boot, left_out=_left_out(prepared),
-            overwrite=overwrite, progress=progress, gates=gates, robustness=robustness, cost=cost, labels=asked_of,
+            model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
+            n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress, gates=gates,
+            robustness=robustness, cost=cost, labels=asked_of,
         )  # fmt: skip
     for sentence in wordings:
         if "{description}" not in sentence:

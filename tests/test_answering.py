@@ -222,7 +222,7 @@ def test_options_are_chosen_by_their_likelihood(checkpoints, bench, tmp_path):
         assert sum(p.values()) == pytest.approx(1) and len(p) == 4
         assert line["text"] == max(p, key=p.__getitem__)[0] in "ABCD"
     assert all(not one.n_failed for one in report.text.subsets.values()), "letters are read as they are"
-    assert {"1 questions whose options have no letters", "7 questions without options"} <= set(report.left_out)
+    assert {"1 question with options that have no letters", "7 questions without options"} <= set(report.left_out)
     assert report.provenance["answers"]["options"] == "letter"
     both = ask(checkpoints["idefics3"], bench, tmp_path / "text", choose_by="text", calibration="blank")
     assert "ecgqa-test" in both.text.subsets and both.provenance["answers"]["calibration"] == "blank"

@@ -53,7 +53,8 @@ class Answering:
             Holtzman 2021). It shifts the log odds of each question by a constant: AUROC of a label stays as it is;
             thresholds, calibration error, F1 and what a multiple choice comes to change. It is meant for models that
             were not trained on the question. A trained student denies everything on blank paper, rightly so, and to
-            divide by that overcorrects: on the quickstart's student the ECE went from 0.064 to 0.543.
+            divide by that overcorrects: on the quickstart's student the ECE went from 0.064 to 0.543. Multiple choice,
+            which it was not trained on, went from 0.22 to 0.36 of the answers right (four options, by text).
         options: how a lettered choice is answered: by its whole `line`, its `letter`, or the `text` behind the letter.
             Texts differ in length, and tokenizers in how they cut them: their log likelihood is taken a byte.
     """

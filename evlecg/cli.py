@@ -302,6 +302,13 @@ def eval_(
         Path | None, typer.Option(help="Gate: report folder that macro AUROC may not fall behind, same records.")
     ] = None,
     max_drop: Annotated[float | None, typer.Option(help="How far it may (default: 0.01).")] = None,
+    min_score: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Gate: least auc_hard, f1, accuracy, ...; of answers in words SUBSET or SUBSET.METRIC; repeatable.",
+        ),
+    ] = None,
     junit: Annotated[Path | None, typer.Option(help="JUnit XML of the gates.")] = None,
     robustness: Annotated[
         str | None, typer.Option(help="Score again under noise, lead-loss, layout, photo (comma-separated).")
@@ -310,6 +317,25 @@ def eval_(
     kind: Annotated[Kind, typer.Option(help="What the model reads and answers (auto: its config tells).")] = Kind.auto,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SENTENCE",
+            help="Wording of the yes/no question, with {description}; of several the best on validation is taken "
+            "(default: as trained).",
+        ),
+    ] = None,
+    answers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="YES/NO", help="How yes and no are written; probabilities of several ways add up."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="none, or blank: against the likelihoods on blank paper (for untrained models).")
+    ] = "none",
+    choose_by: Annotated[
+        str | None,
+        typer.Option(help="Multiple choice by the likeliest letter, text or line, instead of a generated answer."),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -344,13 +370,17 @@ def eval_(
     if compared and not compare:
         raise EvlecgError(f"{compared[0]!r} is not an option", where="eval",
                           hint="--model MODEL scores one model, --compare A B several")  # fmt: skip
-    gates = Gates(min_auc, _least_aucs(min_label_auc or []), max_drop_vs,
-                  **({} if max_drop is None else {"max_drop": max_drop}))  # fmt: skip
-    asked = min_auc is not None or bool(min_label_auc) or max_drop_vs is not None
+    gates = Gates(min_auc, _bounds(min_label_auc or [], "--min-label-auc needs LABEL=AUROC", "AFIB=0.9"), max_drop_vs,
+                  **({} if max_drop is None else {"max_drop": max_drop}),
+                  min_score=_bounds(min_score or [], "--min-score needs NAME=VALUE", "auc_hard=0.7"))  # fmt: skip
+    asked = min_auc is not None or bool(min_label_auc) or max_drop_vs is not None or bool(min_score)
+    worded: dict[str, Any] = {"wordings": tuple(question or ()), "answers": _written_as(answers or []),
+                              "calibration": calibration}  # fmt: skip
     for given, needs in ((junit is not None and not asked, "--junit"), (max_drop is not None and not max_drop_vs,
                          "--max-drop")):  # fmt: skip
         if given:
-            hint = "--max-drop-vs REPORT" if needs == "--max-drop" else "--min-auc, --min-label-auc or --max-drop-vs"
+            any_gate = "--min-auc, --min-label-auc, --min-score or --max-drop-vs"
+            hint = "--max-drop-vs REPORT" if needs == "--max-drop" else any_gate
             raise EvlecgError(f"{needs} needs a gate", where=needs, hint=hint)
     if compare and (asked or robustness or cost):
         raise EvlecgError("gates, --robustness and --cost are of one model", where="--compare",
@@ -359,7 +389,7 @@ def eval_(
         return _compare(
             compared or [], dataset, out, as_json, overwrite, progress, split=split.value, labels=only_labels,
             batch_size=batch_size, max_records=max_records, thresholds_from=thresholds_from, kind=kind.value,
-            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, **worded,
         )  # fmt: skip
     if dataset is None:
         raise EvlecgError("eval needs a dataset", where="--dataset", hint="evlecg eval --dataset NAME")
@@ -374,7 +404,8 @@ def eval_(
         model, data=data, out=out, split=split.value, labels=only_labels, batch_size=batch_size,
         max_records=max_records, thresholds_from=thresholds_from, gates=gates, robustness=disturbances, cost=cost,
         kind=kind.value, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, overwrite=overwrite,
-        protocol=protocol, text=TextProtocol(parser, predictions, judged, max_new_tokens, seed), progress=progress,
+        protocol=protocol, text=TextProtocol(parser, predictions, judged, max_new_tokens, seed, choose_by),
+        progress=progress, **worded,
     )  # fmt: skip
     if launch.rank():
         return
@@ -433,18 +464,27 @@ def _compare(
     typer.echo(f"comparison: {out / 'comparison.html'}")
 
 
-def _least_aucs(pairs: list[str]) -> dict[str, float]:
-    """`AF=0.9` -> label and bound."""
+def _bounds(pairs: list[str], what: str, example: str) -> dict[str, float]:
+    """`AF=0.9` -> name and bound."""
     bounds = {}
     for pair in pairs:
-        label, _, least = pair.partition("=")
+        name, _, least = pair.rpartition("=")
         try:
-            bounds[label] = float(least)
+            bounds[name] = float(least)
         except ValueError:
-            label = ""
-        if not label:
-            raise EvlecgError("--min-label-auc needs LABEL=AUROC", where=pair, hint="for example AFIB=0.9")
+            name = ""
+        if not name:
+            raise EvlecgError(what, where=pair, hint=f"for example {example}")
     return bounds
+
+
+def _written_as(pairs: list[str]) -> dict[str, tuple[str, ...]] | None:
+    """`Yes/No` -> how the answers yes and no are written."""
+    parts = [pair.split("/") for pair in pairs]
+    for pair, part in zip(pairs, parts, strict=True):
+        if len(part) != 2 or not all(word.strip() for word in part):
+            raise EvlecgError("--answers needs YES/NO", where=pair, hint="for example --answers Yes/No")
+    return {"yes": tuple(yes for yes, _ in parts), "no": tuple(no for _, no in parts)} if parts else None
 
 
 @app.command(epilog="Example: evlecg export runs/latest --out student")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from evlecg.data.tasks import chosen_labels, label_samples
 from evlecg.disturbed import DISTURBANCES, DisturbedPages, check_disturbances
 from evlecg.errors import EvlecgError
 from evlecg.files import new_folder
-from evlecg.metrics import AUROC, N_BOOT, Difference, Scored, compare
+from evlecg.metrics import AUROC, N_BOOT, Difference, Scored, compare, estimate
 from evlecg.models import load as models
 from evlecg.models.batch import draw
 from evlecg.models.trained import trained_with
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 SPLIT_NAMES = ("train", "val", "test", "all")
 THRESHOLDS_FROM = ("val", "none")
 PREDICTIONS, VALIDATION = "predictions.jsonl", "predictions_val.jsonl"
+QUESTIONS_READ = {"packed": "in one row a page", "shared": "from the cache of the page", "rows": "one row a question"}
 N_WORST = 6  # records whose pages are drawn
 WORST_PAGE_PX = (1100, 850)  # letters are still read
 
@@ -87,6 +89,9 @@ def evaluate(
     overwrite: bool = False,
     protocol: str | None = "likelihood",
     text: TextProtocol | None = None,
+    wordings: tuple[str, ...] = (),
+    answers: Mapping[str, tuple[str, ...]] | None = None,
+    calibration: str = "none",
     progress: Progress | None = None,
 ) -> Report:
     """Scores every assessed label of a split by the likelihood of "yes" against "no", and writes the report.
@@ -116,6 +121,10 @@ def evaluate(
         overwrite: replace what `out` holds.
         protocol: `likelihood` or `ecgbench`; None: what the data and `text` call for.
         text: how answers in words are made and read; None: the defaults.
+        wordings: several wordings of the question, of which the one with the highest macro AUROC on validation is
+            taken; empty: `question`.
+        answers: "yes" and "no" -> ways to write them, whose probabilities add up; None: as they are.
+        calibration: of the likelihoods, `none` or `blank` (`models.score.Answering`).
         progress: who listens.
 
     Raises:
@@ -133,19 +142,27 @@ def evaluate(
     indices = (range(len(prepared)) if split == "all" else prepared.indices(split).tolist())[:max_records]
     text = text or TextProtocol()
     if chosen_protocol(protocol, prepared, indices, text) == "ecgbench":
-        if gates != Gates() or robustness or cost:
-            raise EvlecgError("gates, --robustness and --cost are of likelihoods, not of answers in words",
-                              where="--protocol", hint="--protocol likelihood")  # fmt: skip
+        if wordings or answers:
+            raise EvlecgError("the data's own questions have their own words", where="--question, --answers",
+                              hint="--protocol likelihood")  # fmt: skip
+        asked_of = labels if text.predictions else labels or _known_labels(model, prepared)
+        if calibration != "none":
+            text = dataclasses.replace(text, calibration=calibration)
         report = None
         if launch.rank() == 0:  # answers in words are one process's work
             report = evaluate_text(
                 model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
-                n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress,
+                n_boot=n_boot, left_out=_left_out(prepared), overwrite=overwrite, progress=progress, gates=gates,
+                robustness=robustness, cost=cost, labels=asked_of,
             )  # fmt: skip
         return launch.from_first(report)
+    for sentence in wordings:
+        if "{description}" not in sentence:
+            raise EvlecgError(f"the question names no label: {sentence!r}", where="--question",
+                              hint="put {description} where the label's name belongs")  # fmt: skip
     trained = trained_with(Path(models.resolve(model)[0]))
-    wording = question or trained.question
-    known_labels = tuple(label for label in trained.labels if label in prepared.label_names)
+    wording = question or (wordings[0] if wordings else trained.question)
+    known_labels = _known_labels(model, prepared)
     checkpoint = models.inspect(model, kind=kind, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     names = chosen_labels(prepared, DataConfig(labels=labels or known_labels, question=wording))
     if checkpoint.kind != "text":
@@ -167,13 +184,23 @@ def evaluate(
 
     from evlecg.models.checks import check_samples  # torch loads here
 
+    if len(wordings) > 1 and not chosen_on:
+        raise EvlecgError(f"a wording cannot be chosen on validation: {why_not}", where="--question",
+                          hint="give one --question, or score test with --thresholds-from val")  # fmt: skip
     check_samples(checkpoint, prepared, [*samples, *chosen_on])
     check_disturbances(checkpoint.kind, robustness)
     launch.join()
     with new_folder(out, overwrite) if launch.rank() == 0 else nullcontext() as folder:
         loaded = models.load(checkpoint, dtype=dtype, bits=bits, signal=signal)
         page = page or trained.page
-        scorer = _scorer(loaded, prepared, page, samples)
+        scorer = _scorer(loaded, prepared, page, samples, answers or {}, calibration)
+        tried: dict[str, float | None] = {}
+        if len(wordings) > 1:
+            found = _try_wordings(scorer, prepared, wordings, max_records, names, batch_size, folder, progress)
+            tried = launch.from_first(found)
+            wording = max(tried, key=lambda sentence: tried[sentence] or 0.0)  # the first of equals
+            samples = _samples(prepared, split, max_records, names, wording)
+            chosen_on = _samples(prepared, "val", max_records, names, wording)
         style = page_style(page)
         _predict(scorer, samples, batch_size, folder and folder / PREDICTIONS, progress, f"score {model}")
         if chosen_on:
@@ -201,15 +228,38 @@ def evaluate(
             measured=measured,
             left_out=_left_out(prepared),
             descriptions=prepared.label_descriptions,
-            provenance=_provenance(loaded, prepared, wording, scorer),
+            provenance=_provenance(loaded, prepared, wording, scorer, tried),
             worst=_worst(scored, prepared, samples, style, about),
             group_formulas={name: BAND_FORMULAS[name] for name in group_N if name in BAND_FORMULAS},
             robustness=_robustness(scored, disturbed, n_boot) if robustness else None,
             cost=measure_cost(loaded, scorer, samples) if cost else None,
-            gates=check_gates(gates, measured.auroc, drop),
+            gates=check_gates(gates, measured.auroc, drop, measured.scores()),
         )
         write_report(report, folder)
     return launch.from_first(report)
+
+
+def _known_labels(model: str, prepared: Prepared) -> tuple[str, ...]:
+    """Labels that a model was trained with and the folder has."""
+    trained = trained_with(Path(models.resolve(model)[0]))
+    return tuple(label for label in trained.labels if label in prepared.label_names)
+
+
+def _try_wordings(
+    scorer: Scorer, prepared: Prepared, wordings: Sequence[str], max_records: int | None, names: Sequence[str],
+    batch_size: int, folder: Path | None, progress: Progress,
+) -> dict[str, float | None]:  # fmt: skip
+    """Every wording of the question -> macro AUROC on validation records, on the process that writes the report."""
+    tried = {}
+    for number, sentence in enumerate(wordings, start=1):
+        samples = _samples(prepared, "val", max_records, names, sentence)
+        told = f"try wording {number} of {len(wordings)}"
+        with nullcontext() if folder is None else tempfile.TemporaryDirectory(dir=folder) as held:
+            path = Path(held) / PREDICTIONS if held is not None else None
+            _predict(scorer, samples, batch_size, path, progress, told)
+            scored = None if path is None else read_scored(path.parent, names)
+        tried[sentence] = None if scored is None else estimate(AUROC, scored, n_boot=0).headline.value
+    return tried
 
 
 def _names_in_head(checkpoint: models.Checkpoint, names: tuple[str, ...], *, explicit: bool) -> tuple[str, ...]:
@@ -234,16 +284,20 @@ def _samples(
     return label_samples(prepared, indices[:max_records], names, wording)
 
 
-def _scorer(loaded: models.Loaded, prepared: Prepared, page: PageConfig, samples: Sequence[Sample]) -> Scorer:
+def _scorer(
+    loaded: models.Loaded, prepared: Prepared, page: PageConfig, samples: Sequence[Sample],
+    answers: Mapping[str, tuple[str, ...]], calibration: str,
+) -> Scorer:  # fmt: skip
     import torch
 
-    from evlecg.models.score import Scorer
+    from evlecg.models.score import Answering, Scorer
 
     if not hasattr(loaded.model, "hf_quantizer"):  # quantised weights are where they belong
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = page.student_size
-    scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
-    scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))
+    scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None,
+                    answering=Answering(answers, calibration))  # fmt: skip
+    scorer.prove(max(samples[:64], key=lambda sample: len(sample.questions)))
     return scorer
 
 
@@ -271,7 +325,9 @@ def _predict(
     return found
 
 
-def _provenance(loaded: models.Loaded, prepared: Prepared, question: str, scorer: Scorer) -> dict[str, object]:
+def _provenance(
+    loaded: models.Loaded, prepared: Prepared, question: str, scorer: Scorer, tried: Mapping[str, float | None]
+) -> dict[str, object]:
     return {
         "model": {
             "family": loaded.checkpoint.model_type,
@@ -281,7 +337,9 @@ def _provenance(loaded: models.Loaded, prepared: Prepared, question: str, scorer
         },
         "data_fingerprint": prepared.fingerprint,
         "question": question,
-        "questions_read": "in one row a page" if scorer.packed else f"one row a question ({scorer.packing_note})",
+        **({"question_chosen_by_validation_auroc": dict(tried)} if tried else {}),
+        "answers": scorer.answering.to_dict(),
+        "questions_read": f"{QUESTIONS_READ[scorer.way]} ({scorer.note})",
         "environment": environment(),
     }
 
@@ -429,9 +487,20 @@ def compare_reports(
         validation = {name: read_scored(folder, name=VALIDATION) for name, folder in named.items()}
         validation = {name: _columns(found, labels) for name, found in validation.items()}
     found = compare_models(scored, validation, label_groups=labels_by_basis(labels), n_boot=n_boot)
+    found = dataclasses.replace(found, notes=(*_scored_on(named), *found.notes))
     with new_folder(out, overwrite) as folder:
         write_comparison(found, folder, " against ".join(named))
     return found
+
+
+def _scored_on(named: Mapping[str, Path]) -> tuple[str, ...]:
+    """What reports say they are of, where they are there and of one thing."""
+    told = set()
+    for folder in named.values():
+        if (folder / "report.json").is_file():
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            told.add(f"Scored on {report['dataset']} ({report['split']}).")
+    return tuple(told) if len(told) == 1 else ()
 
 
 def _columns(scored: Scored, labels: Sequence[str]) -> Scored:

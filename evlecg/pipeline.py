@@ -121,6 +121,7 @@ def run_line(
                 kind=recipe.teacher_kind if is_teacher else "auto",
                 signal=recipe.teacher_signal if is_teacher else None,
                 batch_size=recipe.train.batch_size, overwrite=True, progress=progress,
+                thresholds_from=finish.thresholds_from,
                 trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle, **as_teacher,
             )  # fmt: skip
             reports.append((role, report))

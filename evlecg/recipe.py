@@ -323,6 +323,9 @@ class FinishConfig:
     control: bool = _key(False, "also train the SFT-only student: same data, steps and seed")
     eval_split: str = _key("test", "split of the AUC report; none: no report", choices=("val", "test", "none"))
     teacher: bool = _key(True, "report the teacher beside the student")
+    thresholds_from: str = _key(
+        "val", "score validation too, for thresholds and a temperature; none: do not", choices=("val", "none")
+    )
     export: bool = _key(True, "export the student into RUN/export")
 
 

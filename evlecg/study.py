@@ -329,6 +329,7 @@ def _run_cell(study: Study, cell: Cell, out: Path, data: str, threads: int) -> d
         **study.pairs[cell.pair], **study.methods[cell.method].set, **cell.configuration, "seed": cell.seed,
         "data.dir": data, "data.max_train": cell.size, "threads": threads, "name": cell.key, "finish.control": False,
         "finish.teacher": False, "finish.export": False, "finish.eval_split": split, "log.figures": False,
+        "finish.thresholds_from": "none",  # a cell is one AUC: nothing is chosen on validation
     }  # fmt: skip
     recipe = load_recipe(study.recipe, keys)
     write_text_atomic(folder / "recipe.yaml", recipe.to_yaml())
@@ -360,7 +361,7 @@ def _teacher(study: Study, pair: str, out: Path, data: str, threads: int) -> flo
         return None
     if not (folder / "report.json").exists():
         command = [sys.executable, "-m", "evlecg.cli", "eval", "--dataset", data, "--model", recipe.teacher, "--quiet",
-                   "--split", "test", "--out", str(folder)]  # fmt: skip
+                   "--split", "test", "--thresholds-from", "none", "--out", str(folder)]  # fmt: skip
         if recipe.data.labels:
             command += ["--labels", ",".join(recipe.data.labels)]
         subprocess.run(command, capture_output=True, check=False, env=_environment(threads))

@@ -213,6 +213,56 @@ def test_labels_are_scored_by_likelihood_unless_words_are_asked_for(checkpoints,
         evaluate(str(checkpoints["llava"]), data=synthetic, out=tmp_path / "words", protocol="ecgbench")
 
 
+def test_options_are_chosen_by_their_likelihood(checkpoints, bench, tmp_path):
+    report = ask(checkpoints["idefics3"], bench, tmp_path / "letters", choose_by="letter")
+    lines = rows_of(tmp_path / "letters")
+    assert {line["metadata"]["subset"] for line in lines} == {"csn-test-no-cot", "g12-test-no-cot", "mmmu-ecg"}
+    for line in lines:
+        p = line["metadata"]["p"]
+        assert sum(p.values()) == pytest.approx(1) and len(p) == 4
+        assert line["text"] == max(p, key=p.__getitem__)[0] in "ABCD"
+    assert all(not one.n_failed for one in report.text.subsets.values()), "letters are read as they are"
+    assert {"1 question with options that have no letters", "7 questions without options"} <= set(report.left_out)
+    assert report.provenance["answers"]["options"] == "letter"
+    both = ask(checkpoints["idefics3"], bench, tmp_path / "text", choose_by="text", calibration="blank")
+    assert "ecgqa-test" in both.text.subsets and both.provenance["answers"]["calibration"] == "blank"
+
+
+def test_options_are_made_of_labels_where_the_data_have_no_questions(checkpoints, synthetic, tmp_path):
+    report = ask(checkpoints["llava"], synthetic, tmp_path / "r", choose_by="text", max_records=6, parser="strict")
+    (subset,) = report.text.subsets.values()
+    assert subset.subset.name == "multiple_choice" and subset.n_asked == len(rows_of(tmp_path / "r")) > 0
+    assert subset.n_failed == 0 and 0 <= subset.headline.value <= 1
+
+
+def test_answers_in_words_have_gates_disturbed_pages_and_a_cost(
+    checkpoints, bench, tmp_path, spoken, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    common = ["eval", "--dataset", str(bench), "--model", str(checkpoints["idefics3"]), "-q", "--overwrite"]
+    gates = ["--min-score", "ptb-test=0.4", "--min-score", "ptb-test.accuracy=0.9", "--junit", "gates.xml"]
+    code, out, _ = run(*common, *gates, "--robustness", "photo", "--cost", "--out", "r",
+                       monkeypatch=monkeypatch, capsys=capsys)  # fmt: skip
+    assert code == 3 and "NOT MET: --min-score ptb-test.accuracy: ptb-test.accuracy is 0.000" in out
+    told = json.loads(Path("r/report.json").read_text())
+    checks = {check["name"]: check["met"] for check in told["gates"]["checks"]}
+    assert checks == {"--min-score ptb-test": True, "--min-score ptb-test.accuracy": False}
+    assert Path("gates.xml").read_text().count("<failure") == 1
+    assert len(rows_of(Path("r"), "predictions_photo.jsonl")) == N_QUESTIONS
+    found = told["text_robustness"]["CSN"]
+    assert found["metric"] == "accuracy" and found["pairs"][0]["a"] == "photo"
+    (difference,) = found["pairs"][0]["overall"].values()
+    assert difference["value"] == 0, "this model says the same to every page"
+    assert told["cost"]["n_questions"] == 1 and told["cost"]["latency_ms"] > 0
+    assert "Under disturbed pages: CSN" in Path("r/report.md").read_text()
+    for arguments, said in (
+        (["--min-score", "ptb=1"], "'ptb' is not in the report"), (["--min-auc", "0.5"], "have no AUROC"),
+        (["--question", "Is it {description}?"], "their own words"),
+    ):  # fmt: skip
+        code, _, err = run(*common, *arguments, "--out", "s", monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2 and said in err and not Path("s").exists()
+
+
 def test_ids_that_are_not_unique_are_told_apart(bench):
     from evlecg.answering import _asked
 

@@ -219,8 +219,8 @@ def test_scores_are_the_likelihoods_of_the_answers(built, synthetic, family):
     prepared = Prepared.open(synthetic)
     samples = label_samples(prepared, prepared.indices("test")[:2], ("NORM", "MI"), "Does this ECG show {description}?")
     scorer = Scorer(loaded, prepared, PageStyle())
-    scorer.prove_packing(samples[0])
-    assert not scorer.packed
+    scorer.prove(samples[0])
+    assert scorer.way == "rows", scorer.note
     found = {(item.record_id, item.label): item.score for item in scorer.score(samples)}
     for sample in samples:
         page = draw(prepared, sample.record_index, encoder.size_px, PageStyle())

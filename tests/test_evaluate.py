@@ -88,6 +88,51 @@ def test_a_drop_is_paired_on_the_same_records(checkpoints, synthetic, reports, t
     assert not (tmp_path / "s").exists()
 
 
+def test_a_wording_is_chosen_on_validation_and_calibration_leaves_ranks(checkpoints, synthetic, reports, tmp_path):
+    model, sentences = (
+        str(checkpoints["llava"]),
+        ("Does this ECG show {description}?", "Is it {description}?", "{description}?"),
+    )
+    chosen = evaluate(model, data=synthetic, out=tmp_path / "w", n_boot=0, wordings=sentences, calibration="blank",
+                      answers={"yes": ("yes", "Yes"), "no": ("no", "No")})  # fmt: skip
+    tried = chosen.provenance["question_chosen_by_validation_auroc"]
+    assert list(tried) == list(sentences) and len(set(tried.values())) > 1
+    best = chosen.provenance["question"]
+    assert tried[best] == max(tried.values())
+    validation = estimate(AUROC, read_scored(tmp_path / "w", name=VALIDATION), n_boot=0)
+    assert validation.headline.value == pytest.approx(tried[best])
+    assert {path.name for path in (tmp_path / "w").iterdir()} >= {PREDICTIONS} and not list(
+        (tmp_path / "w").glob(".w*")
+    )
+    text = (tmp_path / "w" / "report.md").read_text()
+    assert "calibrated on blank paper" in text and "whose probabilities add up" in text
+
+    calibrated = evaluate(model, data=synthetic, out=tmp_path / "c", n_boot=0, calibration="blank")
+    plain, other = read_scored(reports["llava"]), read_scored(tmp_path / "c")
+    for label, found in estimate(AUROC, plain, n_boot=0).labels.items():
+        assert calibrated.label_aucs[label].value == pytest.approx(found.value, abs=1e-6)
+    logit = [np.log(scored.value_NK / (1 - scored.value_NK)) for scored in (plain, other)]
+    shift_NK = logit[1] - logit[0]
+    assert_allclose(shift_NK, np.broadcast_to(shift_NK[:1], shift_NK.shape), atol=1e-4)
+    assert np.abs(shift_NK).min() > 1e-3
+    for wrong, what in ({"wordings": ("Is it?",)}, "names no label"), (
+        {"wordings": sentences[:2], "thresholds_from": "none"}, "cannot be chosen on validation"
+    ):  # fmt: skip
+        with pytest.raises(EvlecgError, match=what):
+            evaluate(model, data=synthetic, out=tmp_path / "x", **wrong)
+
+
+def test_a_gate_can_ask_for_decisions(checkpoints, synthetic, tmp_path):
+    gates = Gates(min_score={"auc_hard": 0.0, "youden.f1": 1.0})
+    report = evaluate(str(checkpoints["llava"]), data=synthetic, out=tmp_path / "r", n_boot=N_BOOT, gates=gates)
+    assert [gate.met for gate in report.gates] == [True, False]
+    assert report.gates[0].value == report.measured.decided["as_answered"].metrics["auc_hard"].headline.value
+    with pytest.raises(EvlecgError, match="'hamming_loss' is not in the report"):
+        evaluate(
+            str(checkpoints["llava"]), data=synthetic, out=tmp_path / "s", gates=Gates(min_score={"hamming_loss": 0})
+        )
+
+
 def test_damaged_predictions_are_bad_input(tmp_path):
     (tmp_path / PREDICTIONS).write_text('{"record_id": "a"}\n')
     with pytest.raises(EvlecgError, match="damaged"):

@@ -241,8 +241,8 @@ def test_scores_are_the_likelihoods_of_the_answers(checkpoints, synthetic, famil
     prepared = Prepared.open(synthetic)
     samples = label_samples(prepared, prepared.indices("test")[:2], ("NORM", "MI"), "Does this ECG show {description}?")
     scorer = Scorer(loaded, prepared, PageStyle())
-    scorer.prove_packing(samples[0])
-    assert scorer.packed, scorer.packing_note
+    scorer.prove(samples[0])
+    assert scorer.way == "packed", scorer.note
     found = {(item.record_id, item.label): item.score for item in scorer.score(samples)}
 
     from PIL import Image

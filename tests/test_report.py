@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as xml
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,18 @@ from numpy.testing import assert_allclose
 from sklearn.metrics import roc_auc_score
 
 from evlecg.errors import EvlecgError
-from evlecg.metrics import AUC_HARD, AUROC, BRIER, Scored, compare, estimate, fit_temperature, thresholds_for_youden
+from evlecg.metrics import (
+    AUC_HARD,
+    AUROC,
+    BRIER,
+    Scored,
+    compare,
+    delong_test,
+    estimate,
+    fit_temperature,
+    holm,
+    thresholds_for_youden,
+)
 from evlecg.report import (
     Cost,
     Gates,
@@ -184,6 +196,12 @@ def test_a_group_that_is_worse_is_named_at_the_top() -> None:
     assert list(measured.subgroups["device"].groups) == ["old", "new", "absent"]
     told = summary(make(measured=measured))[-1]
     assert told.startswith("Worse in: new (device) -0.") and told.endswith("against old.")
+    more_N = np.arange(400) >= 150  # the larger group is the worse one
+    value_NK[more_N] = np.random.default_rng(1).random(value_NK[more_N].shape)
+    measured = measure(scored.replaced(value_NK=value_NK), n_boot=200,
+                       groups={"device": ["new" if more else "old" for more in more_N]})  # fmt: skip
+    assert summary(make(measured=measured))[-1].startswith("Worse in: new (device), as old is better by +0.")
+    assert "Records of the training split" in summary(make(measured=measured, split="all"))[-1]
     alike = measure(scored, groups={"device": ["new" if late else "old" for late in late_N]}, n_boot=200)
     assert summary(make(measured=alike))[-1].startswith("No group of patients is shown to be worse")
     one = measure(scored, groups={"device": ["old"] * 400}, n_boot=0)
@@ -412,6 +430,13 @@ def test_the_falsification_test_tells_groups_contrasts_and_exact_answers(tmp_pat
     markdown = (tmp_path / "comparison.md").read_text()
     assert f"| distilled − SFT-only | macro | {pair.headline.value:+.3f} (" in markdown
     assert "QRS shape more than ST/T" in markdown
+    tests = [delong_test({a: models[a], b: models[b]}, label)
+             for a, b in combinations(models, 2) for label in found.auroc.models[a].labels]  # fmt: skip
+    assert [test["p"] for test in told["delong"]] == [test.p for test in tests]
+    assert [test["p_holm"] for test in told["delong"]] == holm([test.p for test in tests])
+    exact = [test.p_exact for rule, test in found.tests if rule == "youden"]
+    assert [test["p_exact_holm"] for test in told["mcnemar"] if test["rule"] == "youden"] == holm(exact)
+    assert f"{tests[0].ci95[0]:+.3f} to {tests[0].ci95[1]:+.3f}" in "\n".join(section(markdown, "Label by label"))
     html = (tmp_path / "comparison.html").read_text()
     page = _Page()
     page.feed(html)

@@ -102,6 +102,8 @@ def test_a_whole_study_goes_on_where_it_stopped(checkpoints, synthetic, tmp_path
     assert "| evl | failed |" in (out / "table.md").read_text()
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(told))
     made = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+    assert not list(out.rglob("predictions_val.jsonl")), "a cell is one AUC of one split"
+    assert len(list(out.rglob("predictions.jsonl"))) == 2, "the cell that worked, and the teacher"
     assert len(made) == 2 and not list(out.glob("cells/*/run/student")), "weights are not kept"
     run_study(study, out=out, workers=2)
     assert made == {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}, "nothing ran again"

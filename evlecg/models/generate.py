@@ -21,7 +21,7 @@ from evlecg.errors import EvlecgError
 from evlecg.models.batch import draw
 from evlecg.models.encode import Encoder, Turn
 from evlecg.models.load import Loaded, quiet
-from evlecg.models.outputs import PACKING_TOLERANCE, forward, to_device
+from evlecg.models.outputs import forward, to_device, tolerance
 from evlecg.page.render import PageStyle
 from evlecg.schema import Side
 
@@ -130,7 +130,7 @@ class Generator:
                 f"family {self.loaded.checkpoint.model_type!r} cannot generate with the installed transformers",
                 where=self.loaded.checkpoint.name, hint=f"{type(error).__name__}: {str(error)[:200]}",
             ) from error  # fmt: skip
-        allowed = PACKING_TOLERANCE.get(next(self.loaded.model.parameters()).dtype, 1e-3)
+        allowed = tolerance(self.loaded.model)
         outputs = forward(self.loaded, to_device(self._side(asked[1:]), self.loaded.model.device))
         found, expected = alone[1][0][0], outputs.answer_logits_AV[0].float()
         if float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)) > allowed:

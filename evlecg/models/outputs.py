@@ -47,10 +47,10 @@ def forward(
                               where=loaded.checkpoint.name, hint="--method minilm cannot read this family")  # fmt: skip
         return apart.forward(loaded, side, visual_layer=visual_layer, model=model)
     forward_keys, predict_A2 = loaded.forward_keys, side.answer_A2
-    inputs = _as_model(side.inputs, model)
+    inputs = as_model(side.inputs, model)
     if bool((side.block_BS > 1).any()):
         inputs["attention_mask"] = _tree_masks(loaded, side, _dtype(model))
-        inputs["position_ids"] = _model_positions(loaded, side)
+        inputs["position_ids"] = model_positions(loaded, side)
     if "logits_to_keep" in forward_keys:
         inputs["logits_to_keep"] = 1  # the losses read theirs off the states, a few at a time
     with (
@@ -116,7 +116,7 @@ def _last_attention(loaded: Loaded) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _as_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+def as_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """The inputs with pixels in the model's own precision: not every model brings them there itself."""
     return {
         key: value.to(_dtype(model)) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -269,7 +269,7 @@ def tree_positions(block_BS: Tensor) -> Tensor:
     return torch.where(block_BS == 0, index_BS, prefix_B1 + index_BS - start_BS)
 
 
-def _model_positions(loaded: Loaded, side: Side) -> Tensor:
+def model_positions(loaded: Loaded, side: Side) -> Tensor:
     """`tree_positions` as the model counts them: [B,S], or [3,B,S] where an image counts its rows and columns."""
     place_BS = tree_positions(side.block_BS)
     count = getattr(loaded.model, "get_rope_index", None) or getattr(loaded.model.base_model, "get_rope_index", None)
@@ -319,7 +319,7 @@ def count_features(loaded: Loaded, side: Side) -> int | None:
     if not extracts:
         return None
     extract, known = extracts[0], {name for each in extracts for name in inspect.signature(each).parameters}
-    inputs = _as_model(side.inputs, loaded.model)
+    inputs = as_model(side.inputs, loaded.model)
     result = extract(**{key: value for key, value in inputs.items() if key in known}, return_dict=True)
     features = getattr(result, "pooler_output", result)
     if features is None:  # Granite Vision 4: (decoder layer, features) pairs, all of one length; Llama 4: unprojected
@@ -351,11 +351,16 @@ def packing_difference(loaded: Loaded, encoder: AnyEncoder, page: Any, turns: li
     try:
         for side in (to_device(packed, device), to_device(single, device)):
             outputs = forward(loaded, side)
-            results.append(outputs.answer_logits_AV.float())
+            results.append(outputs.answer_logits_AV)
     finally:
         loaded.model.train(was_training)
-    together, alone = results
-    return float((together - alone).abs().max() / _largest(alone))
+    return largest_difference(*results)
+
+
+def largest_difference(logits_AV: Tensor, expected_AV: Tensor) -> float:
+    """Largest difference between logits, as a share of the largest expected one."""
+    expected_AV = expected_AV.float()
+    return float((logits_AV.float() - expected_AV).abs().max() / _largest(expected_AV))
 
 
 def _largest(logits_AV: Tensor) -> Tensor:
@@ -364,7 +369,12 @@ def _largest(logits_AV: Tensor) -> Tensor:
     return logits_AV[allowed].abs().max().clamp_min(1e-6)
 
 
-PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def tolerance(model: Any) -> float:
+    """By how much logits of the same text may differ between two ways to compute them, as a share of the largest."""
+    return TOLERANCE.get(_dtype(model), 1e-3)
 
 
 def can_pack(loaded: Loaded, encoder: AnyEncoder, page: Any, turns: list[Turn]) -> tuple[bool, str]:
@@ -381,8 +391,7 @@ def can_pack(loaded: Loaded, encoder: AnyEncoder, page: Any, turns: list[Turn]) 
         raise
     except Exception as error:  # families that take no 4-D mask or positions fail in their own ways
         return False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    allowed = PACKING_TOLERANCE.get(_dtype(loaded.model), 1e-3)
-    return difference <= allowed, f"logits differ by {difference:.1e} of the largest"
+    return difference <= tolerance(loaded.model), f"logits differ by {difference:.1e} of the largest"
 
 
 @torch.no_grad()

@@ -153,6 +153,12 @@ def render(
     return Page(pixels_HW3, layout)
 
 
+def empty_page(*, size_px: tuple[int, int], style: PageStyle | None = None) -> Page:
+    """The paper without a tracing: grid, lead names and calibration marks as `render` draws them."""
+    style, size_px = style or PageStyle(), (int(size_px[0]), int(size_px[1]))
+    return Page(_background(size_px, style).copy(), _layout(size_px, style))
+
+
 def _layout(size_px: tuple[int, int], style: PageStyle) -> PageLayout:
     return page_layout(
         style.layout, size_px=size_px, duration_s=PAGE_S, speed_mm_s=style.speed_mm_s, gain_mm_mV=style.gain_mm_mV

@@ -244,6 +244,16 @@ class TextScores:
                 tables.append((f"{title}: verdicts", ("aspect", "mean of 100", "answers"), rows))
         return tables
 
+    def scores(self) -> dict[str, Estimate]:
+        """What a gate can name: the number that is compared of a subset, and SUBSET.METRIC for each of its numbers."""
+        found = {}
+        for name, one in self.subsets.items():
+            if one.headline is not None:
+                found[name] = one.headline
+            better = {key: estimates for key, estimates in one.estimates.items() if key != HAMMING_LOSS.name}
+            found |= {f"{name}.{key}": estimates.headline for key, estimates in better.items()}
+        return found
+
     def formulas(self) -> list[str]:
         """How the numbers are formed, one line each."""
         used: dict[str, Estimates] = {}

@@ -24,7 +24,7 @@ from evlecg.report.gates import GateResult, Gates, check_gates, write_junit
 from evlecg.report.html import to_html
 from evlecg.report.markdown import to_markdown
 from evlecg.report.measured import Measured, WorstRecord, measure, worst_records
-from evlecg.report.sections import UNDEFINED, Section, Table, estimate_text, summary
+from evlecg.report.sections import UNDEFINED, Section, Table, counted, estimate_text, summary
 
 __all__ = [
     "SCORE_FORMULAS",
@@ -45,6 +45,7 @@ __all__ = [
     "comparison_dict",
     "comparison_markdown",
     "comparison_table",
+    "counted",
     "environment",
     "estimate_text",
     "measure",

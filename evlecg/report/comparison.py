@@ -18,10 +18,13 @@ from evlecg.metrics import (
     AUROC,
     N_BOOT,
     Comparison,
+    DeLongTest,
     McNemar,
     Scored,
     compare,
+    delong_test,
     fixed_thresholds,
+    holm,
     mcnemar,
     thresholds_for_youden,
 )
@@ -104,16 +107,39 @@ class ModelComparison:
         auroc: differences with intervals, p and Holm's p; label groups and their contrasts.
         tests: (rule of the decisions, McNemar's test) of every pair.
         notes: what was left out to have the same records.
+        delong: DeLong's test of every label of every pair, the second opinion to the bootstrap's.
     """
 
     auroc: Comparison
     tests: tuple[tuple[str, McNemar], ...]
     notes: tuple[str, ...]
+    delong: tuple[DeLongTest, ...] = ()
+
+    @property
+    def delong_p_holm(self) -> list[float | None]:
+        """Of `delong`, adjusted over all labels and pairs."""
+        return holm([test.p for test in self.delong])
+
+    @property
+    def mcnemar_p_holm(self) -> list[float | None]:
+        """Of the exact p of `tests`, adjusted over all pairs of the same rule."""
+        adjusted: list[float | None] = [None] * len(self.tests)
+        for rule in dict.fromkeys(rule for rule, _ in self.tests):
+            places = [place for place, (other, _) in enumerate(self.tests) if other == rule]
+            for place, p in zip(places, holm([self.tests[place][1].p_exact for place in places]), strict=True):
+                adjusted[place] = p
+        return adjusted
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "auroc": self.auroc.to_dict(),
-            "mcnemar": [{"rule": rule, **test.to_dict()} for rule, test in self.tests],
+            "delong": [
+                {**test.to_dict(), "p_holm": p} for test, p in zip(self.delong, self.delong_p_holm, strict=True)
+            ],
+            "mcnemar": [
+                {"rule": rule, **test.to_dict(), "p_exact_holm": p}
+                for (rule, test), p in zip(self.tests, self.mcnemar_p_holm, strict=True)
+            ],
             "notes": list(self.notes),
         }
 
@@ -154,6 +180,7 @@ def compare_models(
             for a, b in combinations(shared, 2)
         ),
         tuple(notes),
+        tuple(delong_test({a: shared[a], b: shared[b]}, label) for a, b in combinations(shared, 2) for label in labels),
     )
 
 
@@ -163,8 +190,10 @@ def write_comparison(found: ModelComparison, out: Path, title: str) -> None:
     Raises:
         EvlecgError: the folder cannot be written to.
     """
-    told = [(RULE_WORDS[rule], test) for rule, test in found.tests]
-    parts = list(comparison_sections(found.auroc, told, found.notes))
+    told = [(RULE_WORDS[rule], test, p) for (rule, test), p in zip(found.tests, found.mcnemar_p_holm, strict=True)]
+    delong = dict(zip(((test.a, test.b, test.label) for test in found.delong),
+                      zip(found.delong, found.delong_p_holm, strict=True), strict=True))  # fmt: skip
+    parts = list(comparison_sections(found.auroc, told, found.notes, delong))
     html = [f"<h1>{escape(title)}</h1>", *(line for section in parts for line in section_html(section))]
     texts = {
         "comparison.json": json.dumps(found.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",

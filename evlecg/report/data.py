@@ -36,6 +36,8 @@ class TextSection(Protocol):
 
     def formulas(self) -> list[str]: ...
 
+    def scores(self) -> dict[str, Estimate]: ...
+
 
 @dataclass(frozen=True)
 class Robustness:
@@ -60,7 +62,8 @@ class Cost:
     Attributes:
         parameters: of the model.
         flops: of one record, multiply and add counted as two; None where the counter cannot follow the model.
-        latency_ms, latency_p95_ms: median and 95th percentile of one record alone, page drawing included.
+        latency_ms, latency_p95_ms: median and 95th percentile of one record alone, page drawing included; of one
+            answer where answers in words were timed.
         peak_memory_bytes: of the device while scoring; of the whole process on a CPU.
         n_records: timed records.
         n_questions: of the record that the FLOPs are of.
@@ -97,6 +100,7 @@ class Report:
         robustness, cost: where they were asked for.
         gates: what was asked of it; empty where nothing was.
         text: scores of answers as text; None where likelihoods were scored.
+        text_robustness: of those, by the title of each subset.
     """
 
     model: str
@@ -115,6 +119,7 @@ class Report:
     cost: Cost | None = None
     gates: tuple[GateResult, ...] = ()
     text: TextSection | None = None
+    text_robustness: Mapping[str, Robustness] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.score_source not in SCORE_FORMULAS:
@@ -176,6 +181,7 @@ class Report:
             else {},
             "worst_records": [record.to_dict() for record in self.worst],
             "robustness": self.robustness.to_dict() if self.robustness else None,
+            "text_robustness": {name: found.to_dict() for name, found in self.text_robustness.items()},
             "cost": asdict(self.cost) if self.cost else None,
             "left_out": self.all_left_out,
             "score_source": self.score_source,

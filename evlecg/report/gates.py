@@ -29,12 +29,15 @@ class Gates:
         min_label_auc: label -> least AUROC.
         max_drop_vs: folder of an older report that is not to be fallen behind.
         max_drop: by how much macro AUROC may be lower than there, on the records of both.
+        min_score: name -> least value of another number: of decisions (`auc_hard`, `f1`, `accuracy`, ...), or of
+            answers in words (a subset, or SUBSET.METRIC).
     """
 
     min_auc: float | None = None
     min_label_auc: Mapping[str, float] = field(default_factory=dict)
     max_drop_vs: Path | None = None
     max_drop: float = ALLOWED_DROP
+    min_score: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         asked = {"--min-auc": self.min_auc, **{f"--min-label-auc {label}": least
@@ -70,19 +73,35 @@ class GateResult:
         return {**asdict(self), "ci95": None if self.ci95 is None else list(self.ci95)}
 
 
-def check_gates(gates: Gates, auroc: Estimates, drop: Difference | None = None) -> tuple[GateResult, ...]:
+def check_gates(
+    gates: Gates, auroc: Estimates | None, drop: Difference | None = None, scores: Mapping[str, Estimate] | None = None
+) -> tuple[GateResult, ...]:
     """Every gate that was asked for, in the order of the options.
 
     Args:
         gates: what was asked.
-        auroc: of the report.
+        auroc: of the report; None where answers in words are reported.
         drop: macro AUROC of the older report minus this one's, on the same records; needed for `max_drop_vs`.
+        scores: what `min_score` may name.
+
+    Raises:
+        EvlecgError: an AUROC is asked of answers in words, or a score that is not there.
     """
     results = []
-    if gates.min_auc is not None:
+    if auroc is None and (gates.min_auc is not None or gates.min_label_auc or gates.max_drop_vs is not None):
+        raise EvlecgError("answers in words have no AUROC", where="--min-auc, --min-label-auc, --max-drop-vs",
+                          hint="--min-score NAME=VALUE")  # fmt: skip
+    if auroc is not None and gates.min_auc is not None:
         results.append(_least("--min-auc", "macro AUROC", gates.min_auc, auroc.headline))
+    labels = auroc.labels if auroc is not None else {}
     for label, least in gates.min_label_auc.items():
-        results.append(_least(f"--min-label-auc {label}", f"AUROC of {label}", least, auroc.labels[label]))
+        results.append(_least(f"--min-label-auc {label}", f"AUROC of {label}", least, labels[label]))
+    for name, least in gates.min_score.items():
+        found = (scores or {}).get(name)
+        if found is None:
+            raise EvlecgError(f"the gate's score {name!r} is not in the report", where="--min-score",
+                              hint=f"one of {', '.join(scores or ())}")  # fmt: skip
+        results.append(_least(f"--min-score {name}", name, least, found))
     if gates.max_drop_vs is not None:
         assert drop is not None
         met = drop.value is not None and drop.value <= gates.max_drop

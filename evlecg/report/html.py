@@ -52,7 +52,8 @@ details summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin:
 
 def to_html(report: Report) -> str:
     """The content of report.html."""
-    body = [f"<h1>{escape(report.model)}</h1>", f'<p class="dim">on {escape(report.dataset)}, {report.split}</p>']
+    which = "all records" if report.split == "all" else f"{report.split} split"
+    body = [f"<h1>{escape(report.model)}</h1>", f'<p class="dim">on {escape(report.dataset)}, {which}</p>']
     body += _facts(report)
     head, *rest = summary(report)
     body += [f"<p>{_marked(head)}</p>", "<ul>", *(f"<li>{_marked(line)}</li>" for line in rest), "</ul>"]
@@ -131,8 +132,8 @@ def _calibration(measured: Measured) -> list[str]:
     return _panels(
         {label: plots.calibration_plot(f"{label}, ECE {errors[label]:.3f}", drawn[label]) for label in chosen},
         f"Reliability{which}: share of records in which the label is present against the mean score, in ten bins of "
-        "equal width; dots grow with the number of records, whiskers are 95% intervals. A calibrated model lies on the "
-        "dashed line.",
+        f"equal width; dots grow with the number of records and are hollow below {plots.FEW}; whiskers are 95% "
+        "intervals, where there are patients enough for one. A calibrated model lies on the dashed line.",
     )
 
 

@@ -141,6 +141,16 @@ class Measured:
     def labels(self) -> tuple[str, ...]:
         return tuple(self.auroc.labels)
 
+    def scores(self) -> dict[str, Estimate]:
+        """What a gate can name beside AUROCs: numbers of decisions of which more is better."""
+        found = {
+            (name if rule == AS_ANSWERED else f"{rule}.{name}"): estimates.headline
+            for rule, decided in self.decided.items()
+            for name, estimates in decided.metrics.items()
+            if name != HAMMING_LOSS.name
+        }
+        return {**found, AVERAGE_PRECISION.name: self.average_precision.headline}
+
     def metrics_dict(self) -> dict[str, Any]:
         """`metrics` of report.json, `auc` apart."""
         return {

@@ -9,6 +9,7 @@ from typing import Any
 from evlecg.metrics import Curve, ReliabilityCurve
 
 PANELS = 6  # of each kind: a reader compares no more
+FEW = 10  # records: a dot of fewer is hollow
 SIZE_INCH = (3.1, 3.2)
 INK, LINE, CHANCE = "#1f2933", "#20639b", "#b0b7bf"
 
@@ -27,7 +28,9 @@ def calibration_plot(title: str, curve: ReliabilityCurve) -> bytes:
     for found in curve.bins:
         if found.ci95 is not None:
             axis.plot([found.mean_score] * 2, found.ci95, color=LINE, lw=1)
-        axis.plot(found.mean_score, found.share_pos, "o", color=LINE, mec="white", mew=0.5,
+        hollow = found.n < FEW
+        axis.plot(found.mean_score, found.share_pos, "o", color="white" if hollow else LINE,
+                  mec=LINE if hollow else "white", mew=1 if hollow else 0.5,
                   ms=3 + 9 * math.sqrt(found.n / total))  # fmt: skip
     return _svg(figure)
 

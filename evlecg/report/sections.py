@@ -10,12 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from evlecg.metrics import Comparison, Difference, Estimate, GroupTable, McNemar
+from evlecg.metrics import Comparison, DeLongTest, Difference, Estimate, GroupTable, McNemar
 from evlecg.report.data import SCORE_FORMULAS, Cost, Report
 from evlecg.report.measured import AS_ANSWERED, FIXED_SPECIFICITY, Measured
 from evlecg.report.published import published_for
 
 UNDEFINED = "–"
+FEW = 10  # records
+SUMMED = "an answer is written in several ways, whose probabilities add up"
+CALIBRATED = (
+    "calibrated on blank paper: P(answer) is divided by P(answer) on paper without a tracing (Zhao 2021); this shifts "
+    "the log odds of every question by a constant, so AUROCs of labels are what they were"
+)
 Row = tuple[str, ...]
 
 
@@ -81,7 +87,7 @@ def sections(report: Report) -> Iterator[Section]:
         yield Section("gates", "Gates", (), (Table(("", "gate", "found"), rows),))
     measured = report.measured
     if measured:
-        yield Section("labels", "Labels, weakest first", (), (label_table(report, measured),))
+        yield Section("labels", "Labels, weakest first", _few(measured), (label_table(report, measured),))
         yield from _label_groups(measured)
         yield from _overall(measured)
         yield from _subgroups(measured)
@@ -94,6 +100,8 @@ def sections(report: Report) -> Iterator[Section]:
         yield _worst(report)
     if report.robustness:
         yield _robustness(report.robustness.comparison, report.robustness.disturbances)
+    for title, robustness in report.text_robustness.items():
+        yield _robustness(robustness.comparison, robustness.disturbances, title)
     if report.cost:
         yield _cost(report.cost)
     yield from _published(report)
@@ -129,24 +137,30 @@ def summary(report: Report) -> list[str]:
     if unsure:
         lines.append(f"Without an interval, hence no evidence by themselves: {', '.join(unsure)}.")
     lines.append(_worse_groups(measured))
+    if report.split in ("all", "train"):
+        lines.append("Records of the training split are among these: a model that was trained on this dataset has seen "
+                     "them.")  # fmt: skip
     return lines
 
 
 def _worse_groups(measured: Measured) -> str:
-    """Groups of records whose interval of the difference lies below 0."""
-    worse = [
-        f"{group} ({kind}) {difference_text(found)} against {table.reference}"
-        for kind, table in measured.subgroups.items()
-        for group, found in table.differences.items()
-        if found.value is not None and found.value < 0 and found.p_holm is not None and found.p_holm < 0.05
-    ]
+    """Groups of records that are told apart from the largest, whichever of the two is the worse one."""
+    worse = []
+    for kind, table in measured.subgroups.items():
+        for group, found in table.differences.items():
+            if found.value is None or found.p_holm is None or found.p_holm >= 0.05:
+                continue
+            if found.value < 0:
+                worse.append(f"{group} ({kind}) {difference_text(found)} against {table.reference}")
+            else:
+                worse.append(f"{table.reference} ({kind}), as {group} is better by {difference_text(found)}")
     compared = sum(found.value is not None for table in measured.subgroups.values()
                    for found in table.differences.values())  # fmt: skip
     if worse:
         return f"Worse in: {'; '.join(worse)}."
     if not compared:
         return "Whether it is worse in some group of patients is not known: no two groups are large enough."
-    return f"No group of patients is shown to be worse than the largest ({compared} compared)."
+    return f"No group of patients is shown to be worse than another ({compared} compared with the largest)."
 
 
 def label_table(report: Report, measured: Measured) -> Table:
@@ -167,6 +181,16 @@ def label_table(report: Report, measured: Measured) -> Table:
         ))  # fmt: skip
     return Table(("label", "meaning", "AUROC", "95% interval", "DeLong's", "positive", "negative",
                   "average precision", "Brier", "ECE", "ECE if calibrated"), rows)  # fmt: skip
+
+
+def _few(measured: Measured) -> tuple[str, ...]:
+    """A warning where a label has hardly any records on one side."""
+    few = [name for name, found in measured.auroc.labels.items()
+           if found.value is not None and min(found.n_pos or 0, found.n - (found.n_pos or 0)) < FEW]  # fmt: skip
+    if not few:
+        return ()
+    return (f"Fewer than {FEW} records with or without it, so that one record more or less moves the number: "
+            f"{', '.join(few)}.",)  # fmt: skip
 
 
 def _label_groups(measured: Measured) -> Iterator[Section]:
@@ -222,7 +246,7 @@ def group_table(table: GroupTable) -> Table:
         rows.append((
             name, str(n_patients), str(n_records), estimate_text(found),
             "the reference" if name == table.reference else difference_text(against) if against else UNDEFINED,
-            p_text(against.p_holm) if against else "", found.undefined_because or "",
+            p_text(against.p_holm) if against else "", found.undefined_because or found.caveat or "",
         ))  # fmt: skip
     return Table(("group", "patients", "records", "macro AUROC", "difference", "p (Holm)", ""), rows)
 
@@ -292,15 +316,17 @@ def _worst(report: Report) -> Section:
     ), (Table(("record", "label", "truth", "score", "also wrong", "about"), rows),))  # fmt: skip
 
 
-def _robustness(comparison: Comparison, disturbances: Mapping[str, str]) -> Section:
+def _robustness(comparison: Comparison, disturbances: Mapping[str, str], subset: str = "") -> Section:
     rows = [("clean", estimate_text(comparison.models["clean"].headline), "", "", "the pages as reported above")]
     rows += [
         (pair.a, estimate_text(comparison.models[pair.a].headline), difference_text(pair.headline),
          p_text(pair.headline.p_holm), disturbances[pair.a])
         for pair in comparison.pairs
     ]  # fmt: skip
-    return Section("robustness", "Under disturbed pages", (), (
-        Table(("pages", "macro AUROC", "difference to clean", "p (Holm)", "what was done"), rows),))  # fmt: skip
+    what = comparison.metric if subset else "macro AUROC"
+    title = f"Under disturbed pages{f': {subset}' if subset else ''}"
+    return Section("robustness", title, (), (
+        Table(("pages", what, "difference to clean", "p (Holm)", "what was done"), rows),))  # fmt: skip
 
 
 def _cost(cost: Cost) -> Section:
@@ -334,8 +360,11 @@ def formulas(report: Report) -> list[str]:
     if measured is None:
         return list(report.text.formulas()) if report.text else []
     decided = measured.decided[AS_ANSWERED].metrics
+    answers = report.provenance.get("answers", {})
     lines = [
         SCORE_FORMULAS[report.score_source],
+        *([SUMMED] if answers.get("wordings") else []),
+        *([CALIBRATED] if answers.get("calibration") == "blank" else []),
         f"AUROC of a label = {measured.auroc.headline.method.split('of one label: ')[-1]}; a record in which the "
         "label was not assessed is in no pair",
         f"macro = {measured.auroc.overall['macro'].method.split(';')[0]}; "
@@ -369,16 +398,26 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[Row]:
 
 
 def comparison_sections(
-    comparison: Comparison, tests: Sequence[tuple[str, McNemar]], notes: Sequence[str]
+    comparison: Comparison,
+    tests: Sequence[tuple[str, McNemar, float | None]],
+    notes: Sequence[str],
+    delong: Mapping[tuple[str, str, str], tuple[DeLongTest, float | None]],
 ) -> Iterator[Section]:
-    """Models on the same records: each one's numbers, differences, label groups, contrasts, exact answers."""
+    """Models on the same records: each one's numbers, differences, label groups, contrasts, exact answers.
+
+    Args:
+        comparison: of AUROC.
+        tests: (rule of the decisions in words, McNemar's test, its exact p after Holm).
+        notes: what was left out.
+        delong: (model, other model, label) -> DeLong's test, its p after Holm.
+    """
     rows = [(name, *(estimate_text(found) for found in estimates.overall.values()),
              str(estimates.headline.n), str(estimates.headline.n_patients))
             for name, estimates in comparison.models.items()]  # fmt: skip
     first = next(iter(comparison.models.values()))
     told = [f"{pair.a} minus {pair.b}: macro AUROC {difference_text(pair.headline)}, p {p_text(pair.headline.p_holm)} "
             f"(adjusted over {counted(len(comparison.pairs), 'pair')})." for pair in comparison.pairs]  # fmt: skip
-    yield Section("models", "Models", (*told, *notes), (
+    yield Section("models", "Models", (*told, "Above 0 the first of the two is better.", *notes), (
         Table(("model", *(f"{kind} AUROC" for kind in first.overall), "records", "patients"), rows),))  # fmt: skip
 
     def differences(title: str, key: str, part: str, lead: tuple[str, ...]) -> Section:
@@ -405,14 +444,42 @@ def comparison_sections(
                 "Of every two parts of the tracing: the difference between the models in the first minus the same in "
                 "the second. If distillation carries over what a part hangs on, its contrast is not 0.",
             ), (Table(("models", "contrast", "difference (95% interval)", "p", "p (Holm)"), rows),))  # fmt: skip
-    yield differences("Label by label", "labels", "labels", ())
+    yield _labels_compared(comparison, delong)
     if tests:
         rows = [(f"{test.a} − {test.b}", rule, UNDEFINED if test.value is None else f"{test.value:+.3f}",
-                 p_text(test.p_exact), p_text(test.p_mid), mcnemar_text(test)) for rule, test in tests]  # fmt: skip
-        yield Section("mcnemar", "Exact answers (McNemar)", tuple(dict.fromkeys(
-            test.caveat for _, test in tests if test.caveat
-        )), (Table(("models", "decided by", "difference in accuracy", "p (exact)", "p (mid)", ""), rows),))  # fmt: skip
+                 p_text(test.p_exact), p_text(p_holm), p_text(test.p_mid), mcnemar_text(test))
+                for rule, test, p_holm in tests]  # fmt: skip
+        heads = ("models", "decided by", "difference in accuracy", "p (exact)", "p (exact, Holm)", "p (mid)", "records")
+        yield Section("mcnemar", "Exact answers (McNemar)", (
+            "An answer to a record is right where all its labels are.",
+            *dict.fromkeys(test.caveat for _, test, _ in tests if test.caveat),
+        ), (Table(heads, rows),))  # fmt: skip
     some = comparison.pairs[0].headline
     yield Section("formulas", "How the numbers are formed", (
-        some.method, some.interval_method, *dict.fromkeys(test.method for _, test in tests),
+        some.method, some.interval_method, *dict.fromkeys(test.method for _, test, _ in tests),
+        *dict.fromkeys(f"DeLong: {test.method}" for test, _ in delong.values()),
+        "p (Holm) is adjusted within each table: differences over all labels over the pairs, labels over all labels "
+        "and pairs, exact answers over the pairs of one rule",
     ))  # fmt: skip
+
+
+def _labels_compared(
+    comparison: Comparison, delong: Mapping[tuple[str, str, str], tuple[DeLongTest, float | None]]
+) -> Section:
+    """Every label of every pair, by the bootstrap over patients and by DeLong's test."""
+    rows = []
+    for pair in comparison.pairs:
+        for label, found in pair.labels.items():
+            test, p_holm = delong[pair.a, pair.b, label]
+            n_pos = found.n_pos or 0
+            low_high = UNDEFINED if test.ci95 is None else "{:+.3f} to {:+.3f}".format(*test.ci95)
+            rows.append((
+                f"{pair.a} − {pair.b}", label, str(n_pos), str(found.n - n_pos), difference_text(found),
+                p_text(found.p), p_text(found.p_holm), low_high, p_text(test.p), p_text(p_holm),
+                found.undefined_because or "",
+            ))  # fmt: skip
+    return Section("labels", "Label by label", (
+        "Two ways to an interval and a p: resampled patients, and DeLong's variance. Where they disagree there are "
+        "few records on one side.",
+    ), (Table(("models", "of", "positive", "negative", "difference (95% interval)", "p", "p (Holm)",
+               "DeLong's interval", "DeLong's p", "DeLong's p (Holm)", ""), rows),))  # fmt: skip

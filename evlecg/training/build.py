@@ -220,7 +220,7 @@ def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -
         raise EvlecgError(f"{len(free)} questions have no choices: seqkd lets the teacher choose among answers",
                           where="data.tasks", hint=f"yes_no or multiple_choice, not {free[0]!r}")  # fmt: skip
     scorer = Scorer(teacher, builder.prepared, builder.style, size_px=builder.teacher.size_px)
-    scorer.prove_packing(max(builder.samples[:64], key=lambda sample: len(sample.questions)))
+    scorer.prove(max(builder.samples[:64], key=lambda sample: len(sample.questions)))
     found: list = []
     with progress.task("teacher's answers", len(builder.samples)) as advance:
         for start in range(0, len(builder.samples), ANSWER_BATCH):

@@ -93,6 +93,10 @@ def test_a_model_that_looks_at_values_is_not_guessed_at():
         verdict.check(force=False)
     verdict.check(force=True)
     memory.Verdict(found, free=found.at_least, device="cpu").check(force=False)
+    tight = memory.Verdict(found, free=round(found.at_least * 1.2), device="cpu")
+    assert tight.fits and tight.tight and tight.to_dict()["tight"]
+    assert not memory.Verdict(found, free=found.at_least * 2, device="cpu").tight
+    assert not memory.Verdict(found, free=round(found.at_least * 1.2), device="cuda").tight
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,10 @@ from evlecg.errors import EvlecgError
 from evlecg.models.adapt import Quantisation
 
 SCALE_SHARE = {8: 0.02, 4: 0.13}  # bytes of scales beside those of a quantised weight: one a row; one a block of 64
-# resident bytes over live ones in three of the six cases of tests.bench.memory (CPU, Linux); the other three, a student
-# trained whole without a teacher, with LoRA and with checkpointing, were found to hold 1.2 to 1.6 times as much
-RESIDENT = 1.09
+RESIDENT = 1.09  # bytes that a process takes over those of its tensors (tests.bench.memory)
+# What glibc was found to hold at most, over that: it keeps freed blocks under 32 MiB for later. Telling it not to
+# (MALLOC_MMAP_THRESHOLD_) made the same steps half as slow again, so it is left as it is, and its share told.
+KEPT_BY_GLIBC = 1.7
 
 
 @dataclass(frozen=True)
@@ -410,8 +411,14 @@ class Verdict:
     def fits(self) -> bool:
         return self.estimate.needed <= self.free
 
+    @property
+    def tight(self) -> bool:
+        """Whether it fits, yet not with all that the C library may keep beside it."""
+        return self.fits and self.device == "cpu" and self.estimate.needed * KEPT_BY_GLIBC > self.free
+
     def to_dict(self) -> dict[str, Any]:
-        return {**self.estimate.to_dict(), "free": self.free, "device": self.device, "fits": self.fits}
+        told = {"free": self.free, "device": self.device, "fits": self.fits, "tight": self.tight}
+        return {**self.estimate.to_dict(), **told}
 
     def check(self, *, force: bool) -> None:
         """Raises where it cannot fit.

@@ -119,3 +119,8 @@ def tell_memory(verdict: Verdict, progress: Progress) -> None:
         progress.warn(f"activations could not be estimated ({verdict.estimate.why_unknown})")
     if not verdict.fits:
         progress.warn("the run is not expected to fit; --force goes on")
+    elif verdict.tight:
+        progress.warn(
+            "the run may not fit: glibc keeps up to 0.7 times as much again of what was freed; "
+            "MALLOC_MMAP_THRESHOLD_=262144 in the environment makes it give that back, and steps slower"
+        )

@@ -7,6 +7,10 @@ first; then the peak is reset (`/proc/self/clear_refs`), the models are built wi
 are taken (the first with the gradient norms that the log shows), and the peak resident set above what was resident
 before is read off (`VmHWM`). The median is compared with `evlecg.training.estimate.step_memory`. Linux only.
 
+glibc keeps freed blocks under 32 MiB for later, so that a process holds more than is alive in it. What the estimate is
+of shows where it is told to give them back (MALLOC_MMAP_THRESHOLD_): that is what has to agree within 15%. The same
+without, as a run has it, stands beside it, and has to stay under `KEPT_BY_GLIBC` times the estimate.
+
 Real pairs: from published configs, on the meta device, bfloat16, batches of four rows with 96 tokens of text.
 """
 
@@ -14,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from evlecg.models.memory import KEPT_BY_GLIBC
 from evlecg.recipe import Recipe, load_recipe, parse_set
 from tests.bench.timing import save
 
@@ -128,20 +134,29 @@ def measure(name: str) -> int:
 
 
 def compare(runs: int) -> list[dict[str, Any]]:
-    """Estimates beside medians of measured peaks."""
+    """Estimates beside medians of measured peaks, with what was freed given back, and kept as it is by default."""
     found = []
     for name, case in MEASURED.items():
-        command = [sys.executable, "-m", "tests.bench.memory", "--measure", name]
-        peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-                 for _ in range(runs)]  # fmt: skip
-        told, median = _estimate(*case), statistics.median(peaks)
-        found.append({"case": name, "parameters": told.student.parameters, "estimate": told.needed, "measured": peaks,
-                      "ratio": told.needed / median})  # fmt: skip
+        told = _estimate(*case)
+        peaks = {kept: [_peak(name, kept) for _ in range(runs)] for kept in (False, True)}
+        given, kept = (statistics.median(peaks[way]) for way in (False, True))
+        found.append({"case": name, "parameters": told.student.parameters, "estimate": told.needed,
+                      "measured": peaks[False], "measured_kept": peaks[True], "ratio": told.needed / given,
+                      "kept_over_estimate": kept / told.needed})  # fmt: skip
         row = found[-1]
+        spread = f"{min(peaks[False]) / 2**20:.1f} to {max(peaks[False]) / 2**20:.1f}, n={runs}"
         print(f"{name:28} {row['parameters']:>12,}  estimated {told.needed / 2**20:8.1f} MiB  measured "
-              f"{median / 2**20:8.1f} MiB ({min(peaks) / 2**20:.1f} to {max(peaks) / 2**20:.1f}, n={runs})  "
-              f"ratio {row['ratio']:.3f}", flush=True)  # fmt: skip
+              f"{given / 2**20:8.1f} MiB ({spread})  ratio {row['ratio']:.3f}; by default {kept / 2**20:8.1f} MiB, "
+              f"{row['kept_over_estimate']:.2f} x the estimate", flush=True)  # fmt: skip
     return found
+
+
+def _peak(name: str, kept: bool) -> int:
+    """One case in a process of its own, whose C library keeps what is freed, or gives it back."""
+    command = [sys.executable, "-m", "tests.bench.memory", "--measure", name]
+    back = {} if kept else {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **back})
+    return int(done.stdout.split()[-1])
 
 
 def tables() -> list[dict[str, Any]]:
@@ -174,9 +189,11 @@ def main() -> None:
     real = tables() if given.only != "measured" else []
     save(given.json, {"measured": measured, "real": real})
     far = [row["case"] for row in measured if abs(row["ratio"] - 1) > TOLERANCE]
+    over = [row["case"] for row in measured if row["kept_over_estimate"] > KEPT_BY_GLIBC]
     if measured:
         print(f"within {TOLERANCE:.0%}: {'no: ' + ', '.join(far) if far else 'yes'}")
-    sys.exit(1 if far else 0)
+        print(f"under {KEPT_BY_GLIBC} times the estimate as it is: {'no: ' + ', '.join(over) if over else 'yes'}")
+    sys.exit(1 if far or over else 0)
 
 
 if __name__ == "__main__":

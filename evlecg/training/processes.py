@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from evlecg import launch
 from evlecg.errors import EvlecgError
 from evlecg.models.load import Loaded
 from evlecg.recipe import Recipe
@@ -55,6 +56,7 @@ def accelerator_of(recipe: Recipe) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    launch.join()
     # a step sums its batches itself (training/step.py): accelerate must not divide by their number as well
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs()]

@@ -101,7 +101,7 @@ def on_processes(work: Any, *arguments: Any, processes: int = 2) -> Any:
         for process in started:
             process.start()
         for process in started:
-            process.join(120)
+            process.join(300)
             process.kill()
         assert [process.exitcode for process in started] == [0] * processes
         return torch.load(out, weights_only=False)

@@ -1,12 +1,12 @@
-"""Is the engine as fast as it can be? Its step beside a bare loop, its loader beside its step, two processes beside one.
+"""Is the engine fast? Its step beside a bare loop, its loader beside its step, two processes beside one.
 
     python -m tests.bench.engine [--only step|loader|processes|padding|tower] [--rounds N] [--large] [--json FILE]
 
 step       a step of the engine and a plain PyTorch step (forward passes, the same loss functions, backward, clipping,
            AdamW) on the same models, batches and optimizer, in turns, one thread; wanted: at most 1.03 times as long
 loader     seconds that a training loop waits for its batches, over seconds of its steps, without and with a worker
-processes  records a second of two processes of one thread (DDP, gloo) over those of one, in turns; wanted: at least 1.8.
-           Needs two cores that nothing else uses
+processes  records a second of two processes of one thread (DDP, gloo) over those of one, in turns; wanted: at least
+           1.8. Needs two cores that nothing else uses
 padding    share of text positions that are padding, with and without batches of similar length
 tower      images that the vision tower reads a page, with one question and with five
 
@@ -101,8 +101,9 @@ def bench_step(folder: Path, rounds: int, large: bool) -> dict[str, Any]:
     pairs = [mine / other for mine, other in zip(times["engine"], times["bare loop"], strict=True)]
     ratio = statistics.median(pairs)
     mean = statistics.mean(times["engine, with its log"]) / statistics.mean(times["bare loop"])
-    print(f"{'met   ' if ratio <= MOST_RATIO else 'MISSED'}  a step is {ratio:.3f} of a bare one (median of {len(pairs)} "
-          f"pairs; wanted at most {MOST_RATIO}); with the log, mean over mean: {mean:.3f}")  # fmt: skip
+    verdict = "met   " if ratio <= MOST_RATIO else "MISSED"
+    print(f"{verdict}  a step is {ratio:.3f} of a bare one (median of {len(pairs)} pairs; wanted at most {MOST_RATIO}); "
+          f"with the log, mean over mean: {mean:.3f}")  # fmt: skip
     return {"rows": rows, "ratio": ratio, "with_log": mean}
 
 
@@ -174,8 +175,8 @@ def bench_padding(folder: Path) -> dict[str, Any]:
         n_batches[bucket] = len(batches)
         empty, all_positions = np.sum(padding, axis=0)
         found[bucket] = empty / all_positions
-    print(f"padding: {found[1]:.1%} of positions in batches as they come, {found[50]:.1%} in batches of similar length "
-          f"({n_batches[1]} and {n_batches[50]} batches; image positions, which are never padded, included)")  # fmt: skip
+    print(f"padding: {found[1]:.1%} of positions in {n_batches[1]} batches as they come, {found[50]:.1%} in "
+          f"{n_batches[50]} batches of similar length (positions of the image, never padded, included)")  # fmt: skip
     return {"padding": found}
 
 

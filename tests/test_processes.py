@@ -23,9 +23,11 @@ from evlecg.distill import distill
 from evlecg.errors import EvlecgError
 from evlecg.evaluate import evaluate
 from evlecg.losses.objective import METHODS
+from evlecg.models import load as models
+from evlecg.models.encode import Encoder
 from evlecg.progress import Progress
 from evlecg.recipe import load_recipe, parse_set
-from evlecg.training.processes import accelerator_of
+from evlecg.training.processes import accelerator_of, tell_unused
 
 TERMS = ["objective.lambda_m=0.3", "objective.lambda_r=1", "objective.lambda_ot=0.5", "log.gradients_every=2"]
 QUESTIONS = ["data.labels=[NORM, MI]", "data.tasks=[yes_no, choose_all, multiple_choice, report]"]
@@ -274,3 +276,24 @@ def test_what_shards_cannot_do_is_refused(checkpoints, monkeypatch, key, why):
     accelerator.is_fsdp2 = False
     with pytest.raises(EvlecgError, match="first version"):
         accelerator_of(recipe(checkpoints, 4))
+
+
+@pytest.mark.parametrize(("student", "unused"), [("llava", True), ("idefics3", False)])
+def test_ddp_looks_for_unused_weights_where_there_are_any(checkpoints, synthetic, pair, student, unused):
+    """LLaVA's tower ends in a norm for a pooled token, which nobody reads."""
+    builder = pair("ce")[1]
+    loaded = models.load(models.inspect(str(checkpoints[student])))
+    encoder = Encoder(loaded.checkpoint, loaded.processor)
+    side = dataclasses.replace(builder, student=encoder, teacher=None)([0]).student
+    accelerator = SimpleNamespace(
+        num_processes=2, distributed_type=DistributedType.MULTI_CPU, device="cpu", ddp_handler=SimpleNamespace()
+    )
+    tell_unused(accelerator, loaded, side)
+    assert accelerator.ddp_handler.find_unused_parameters is unused
+
+
+def test_a_launcher_that_accelerate_does_not_follow_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(EvlecgError, match="3 processes were started"):
+        launch.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from evlecg.errors import EvlecgError
 
@@ -47,7 +47,7 @@ def gathered(items: list[T]) -> list[T]:
     return gather_object(items)
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: T) -> T:
     """The first process's value, on all of them. All have to call it."""
     if world() == 1:
         return value

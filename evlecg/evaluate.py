@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -148,7 +148,7 @@ def evaluate(
         asked_of = labels if text.predictions else labels or _known_labels(model, prepared)
         if calibration != "none":
             text = dataclasses.replace(text, calibration=calibration)
-        report = None
+        report: Any = None
         if launch.rank() == 0:  # answers in words are one process's work
             report = evaluate_text(
                 model, prepared, indices, text, split=split, out=out, page=page, batch_size=batch_size, dtype=dtype,
@@ -208,7 +208,8 @@ def evaluate(
             _predict(scorer, chosen_on, batch_size, folder and folder / VALIDATION, progress, told)
         disturbed = _disturbed(scorer, samples, robustness, batch_size, style, progress)
         if folder is None:  # another process writes the report
-            return launch.from_first(None)
+            theirs: Any = None
+            return launch.from_first(theirs)
         scored = read_scored(folder, names)
         validation = read_scored(folder, names, VALIDATION) if chosen_on else None
         group_N, about = _groups(prepared, samples)

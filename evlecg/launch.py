@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from evlecg.errors import EvlecgError
 
 T = TypeVar("T")
 
@@ -19,12 +21,20 @@ def world() -> int:
 
 
 def join() -> None:
-    """Meets the others, and takes this process's device as the default one."""
+    """Meets the others, and takes this process's device as the default one.
+
+    Raises:
+        EvlecgError: accelerate knows of another number of processes: each would work by itself, in the same folder.
+    """
     if world() > 1:
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        known = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+        if known != world():
+            raise EvlecgError(f"{world()} processes were started, and accelerate shares work between {known}",
+                              where="accelerate's config", hint="on CPUs: distributed_type: MULTI_CPU (FSDP needs GPUs)"
+                              )  # fmt: skip
 
 
 def gathered(items: list[T]) -> list[T]:
@@ -37,7 +47,7 @@ def gathered(items: list[T]) -> list[T]:
     return gather_object(items)
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: T) -> T:
     """The first process's value, on all of them. All have to call it."""
     if world() == 1:
         return value

@@ -18,10 +18,10 @@ from evlecg.data.synthetic import generate
 from evlecg.data.writer import write_prepared
 from evlecg.distill import distill
 from evlecg.errors import EvlecgError
-from evlecg.models.batch import epoch_batches, epoch_order
+from evlecg.models.batch import epoch_batches, epoch_order, text_length
 from evlecg.page.render import render
 from evlecg.recipe import load_recipe, parse_set
-from evlecg.schema import Question
+from evlecg.schema import Question, Sample
 from evlecg.training.step import grouped
 from tests.families import gemma_kin
 
@@ -136,6 +136,68 @@ def test_every_record_is_read_once_an_epoch_by_exactly_one_process():
     assert len(shares[0]) == len(shares[1]) == 3
     read = np.concatenate([batch for share in shares for batch in share])
     assert sorted(read) == list(range(23))
+
+
+def test_the_last_batch_leaves_no_record_out_and_a_process_without_one_runs_along():
+    shares = [epoch_batches(17, 4, seed=0, epoch=0, process=p, processes=2) for p in (0, 1)]
+    assert [len(batch) for batch in shares[0]] == [4, 4, 1] and [len(batch) for batch in shares[1]] == [4, 4, 0]
+    assert sorted(np.concatenate([*shares[0], *shares[1]])) == list(range(17))
+
+
+def test_batches_of_similar_length():
+    lengths = np.random.default_rng(0).integers(10, 500, 1003).tolist()
+
+    def batches(bucket, lengths=lengths, epoch=0, **shared):
+        return epoch_batches(1003, 8, seed=1, epoch=epoch, lengths=lengths, bucket=bucket, **shared)
+
+    def padding(found):
+        rows = [np.asarray(lengths)[batch] for batch in found]
+        return sum(row.max() * len(row) - row.sum() for row in rows) / sum(lengths)
+
+    plain, similar = batches(1), batches(50)
+    assert len(plain) == len(similar) == 126 and sorted(np.concatenate(similar)) == list(range(1003))
+    assert padding(plain) > 0.5 and padding(similar) < 0.1
+    for mine, again in zip(similar, batches(50), strict=True):
+        np.testing.assert_array_equal(mine, again)
+    first, other = ({frozenset(batch) for batch in found} for found in (similar, batches(50, epoch=1)))
+    assert len(first & other) < 5, "other records meet in every epoch"
+    means = [np.mean(np.asarray(lengths)[batch]) for batch in similar]
+    assert abs(np.corrcoef(means[:-1], np.arange(125))[0, 1]) < 0.3, "batches do not go from short to long"
+    for mine, other in zip(batches(50, lengths=[7] * 1003), batches(1, lengths=None), strict=True):
+        np.testing.assert_array_equal(mine, other)  # texts of one length: the order is what it was
+    shares = [batches(50, process=p, processes=2) for p in (0, 1)]
+    assert sorted(np.concatenate([*shares[0], *shares[1]])) == list(range(1003))
+
+
+def test_a_yes_is_as_long_as_a_no():
+    asked = Question("Does it show MI?", "yes")
+    longer = dataclasses.replace(asked, answer="an old infarction", history=(("Which rhythm?", "sinus"),))
+    lengths = [
+        text_length(Sample(0, "a", (question,)))
+        for question in (asked, dataclasses.replace(asked, answer="no"), longer)
+    ]
+    assert lengths == [5, 5, 4 + 5 + 4 + 2]
+
+
+def test_compiled_layers_train_the_same(checkpoints, synthetic, tmp_path):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        chosen = recipe(checkpoints, f"train.compile={compiled}", "train.max_steps=2", "log.figures=false")
+        distill(chosen, data=synthetic, out=tmp_path / name)
+    plain, compiled = ([row["loss"] for row in rows(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert set(weights(tmp_path / "compiled")) == set(weights(tmp_path / "plain"))
+
+
+def test_without_a_compiler_compile_is_refused(checkpoints, synthetic, tmp_path, monkeypatch):
+    def fails(*_arguments, **_options):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(EvlecgError, match=r"torch\.compile does not work"):
+        distill(recipe(checkpoints, "train.compile=true"), data=synthetic, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_frozen_vision_towers_stay(checkpoints, synthetic, tmp_path):

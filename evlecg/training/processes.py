@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from evlecg import launch
 from evlecg.errors import EvlecgError
 from evlecg.models.load import Loaded
 from evlecg.recipe import Recipe
@@ -55,6 +56,7 @@ def accelerator_of(recipe: Recipe) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    launch.join()
     # a step sums its batches itself (training/step.py): accelerate must not divide by their number as well
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs()]
@@ -205,6 +207,11 @@ def _cut_at_layers(accelerator: Any, model: Any) -> None:
 def whole_weights(accelerator: Any, model: Any) -> dict[str, Any] | None:
     """All weights of a sharded student on the main process (empty elsewhere); None where nothing is sharded.
 
-    Every process has to call it.
+    Every process has to call it. Tied weights come once, as transformers saves them.
     """
-    return accelerator.get_state_dict(model) if is_sharded(accelerator) else None
+    if not is_sharded(accelerator):
+        return None
+    state = accelerator.get_state_dict(model)
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {name: value for name, value in state.items() if name not in tied}

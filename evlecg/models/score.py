@@ -13,8 +13,17 @@ from evlecg.models.encode import Turn
 from evlecg.models.load import Loaded
 from evlecg.models.outputs import can_pack, forward, to_device
 from evlecg.models.views import encoder_for, view_of
-from evlecg.page.render import PageStyle
+from evlecg.page.render import PageStyle, page_style
+from evlecg.recipe import PageConfig
 from evlecg.schema import Prediction, Question, Sample
+
+
+def scorer_of(loaded: Loaded, prepared: Prepared, page: PageConfig, samples: Sequence[Sample]) -> Scorer:
+    """A scorer of pages as `page` says; packing is tried on the one of the first 64 samples with the most questions."""
+    size = page.student_size
+    scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None)
+    scorer.prove_packing(max(samples[:64], key=lambda sample: len(sample.questions)))
+    return scorer
 
 
 class Scorer:
@@ -57,6 +66,14 @@ class Scorer:
                 score=float(logp.softmax(0)[0]),
                 truth=question.answer == question.choices[0],
             )
+
+    def in_batches(
+        self, samples: Sequence[Sample], batch_size: int
+    ) -> Iterator[tuple[Sequence[Sample], list[Prediction]]]:
+        """Scores any number of samples, `batch_size` records a forward pass: each batch with its predictions."""
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            yield batch, list(self.score(batch))
 
     def answered(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples (one batch) with the model's likeliest choice as the answer to every question."""

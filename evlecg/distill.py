@@ -307,8 +307,9 @@ def _validate(job: Job, state: Position, log: _Log, stop: StopRequest, progress:
     from evlecg.models.adapt import train_mode
 
     config = job.recipe.evaluate
-    due = job.validation is not None and state.step > 0 and state.validated != state.step
-    if not due or (state.step % config.every and state.step < job.total_steps):
+    if job.validation is None or state.step in (0, state.validated):
+        return False
+    if state.step % config.every and state.step < job.total_steps:
         return False
     found = job.validation(progress, stopped=stop.asked)
     train_mode(job.model)

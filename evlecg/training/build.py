@@ -168,8 +168,8 @@ def build(
     optimizer = optimizer_of(recipe, student.model, objective)
     processes = accelerator.num_processes
     batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=processes))
-    first = epoch_batches(len(samples), train.batch_size, seed=recipe.seed, epoch=0, processes=processes)[:1]
-    check_answers(builder(first[0] if first else range(len(samples))))
+    for batch in epoch_batches(len(samples), train.batch_size, seed=recipe.seed, epoch=0, processes=processes)[:1]:
+        check_answers(builder(batch.tolist()))
     total = train.epochs * math.ceil(batches / train.accumulation)
     if train.max_steps is not None:
         total = min(total, train.max_steps)

@@ -98,7 +98,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
                 told["gradients"] = term_gradients(job, terms)
             accelerator.backward(terms.total / len(group))
     parameters = [p for part in job.optimizer.param_groups for p in part["params"]]
-    norm: Any = accelerator.clip_grad_norm_(parameters, recipe.train.clip or math.inf)
+    norm = accelerator.clip_grad_norm_(parameters, recipe.train.clip or math.inf)
     if norm is not None and accelerator.scaler is None and not bool(torch.isfinite(norm)):  # clipped, it is NaN
         job.optimizer.zero_grad()
         state.scales = scales
@@ -116,7 +116,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
             "loss": total,
             "terms": values,
             "weighted": weighted,
-            "grad_norm": float(norm),
+            "grad_norm": float(norm),  # type: ignore
             "diagnostics": terms.diagnostics,
         }
     return told

@@ -388,19 +388,21 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _check_out(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
-    if resume and not out.is_dir():
-        raise EvlecgError("there is no run to resume", where=out, hint="leave --resume out to start one")
-    if out.exists() and not out.is_dir():
-        raise EvlecgError("the run folder is a file", where=out, hint="choose another --out")
-    if resume and (out / "recipe.yaml").is_file():
-        check_resumed(recipe, load_recipe(str(out / "recipe.yaml")), where=out)
-    if not resume and out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise EvlecgError("the run folder is not empty", where=out, hint="another --out, --resume or --overwrite")
-        if not (out / "recipe.yaml").is_file():
-            raise EvlecgError("the folder to overwrite is not a run", where=out, hint="choose another --out")
-    there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    try:  # access rights do not tell of a read-only or full disk
+    try:
+        if resume and not out.is_dir():
+            raise EvlecgError("there is no run to resume", where=out, hint="leave --resume out to start one")
+        if out.exists() and not out.is_dir():
+            raise EvlecgError("the run folder is a file", where=out, hint="choose another --out")
+        if resume and (out / "recipe.yaml").is_file():
+            check_resumed(recipe, load_recipe(str(out / "recipe.yaml")), where=out)
+        if not resume and out.exists() and any(out.iterdir()):
+            if not overwrite:
+                hint = "another --out, --resume or --overwrite"
+                raise EvlecgError("the run folder is not empty", where=out, hint=hint)
+            if not (out / "recipe.yaml").is_file():
+                raise EvlecgError("the folder to overwrite is not a run", where=out, hint="choose another --out")
+        there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+        # access rights do not tell of a read-only or full disk
         with tempfile.TemporaryDirectory(prefix=".evlecg-", dir=there) as probe:
             (Path(probe) / "probe").write_bytes(os.urandom(4096))
     except OSError as error:

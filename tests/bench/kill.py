@@ -36,8 +36,8 @@ FORKED = multiprocessing.get_context("fork")  # torch is imported once; this pro
 RECORDS = {"tiny": 32, "quickstart": 256}  # of an epoch; there are two
 PATIENCE_S = 600  # for a step
 PRELOADED = (  # here once, rather than in every child
-    "evlecg.training.checkpoint", "evlecg.models.checks", "evlecg.models.memory", "evlecg.losses.objective", "accelerate",
-    "peft", "transformers.models.idefics3.modeling_idefics3", "transformers.models.llava.modeling_llava",
+    "evlecg.training.checkpoint", "evlecg.models.checks", "evlecg.models.memory", "evlecg.losses.objective",
+    "accelerate", "peft", "transformers.models.idefics3.modeling_idefics3", "transformers.models.llava.modeling_llava",
     "transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 

@@ -210,7 +210,7 @@ def test_a_teacher_that_has_changed_is_found_out(checkpoints, synthetic, tmp_pat
     distill(chosen, data=synthetic, out=tmp_path / "run")
     made = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert len(made["models"]["teacher"]["weights_sha256"]) == len(made["models"]["student"]["weights_sha256"]) == 64
-    assert made["sessions"][0]["environment"]["torch"] == torch.__version__ and made["data"]["n_train"] == 24
+    assert torch.__version__.startswith(made["sessions"][0]["environment"]["torch"]) and made["data"]["n_train"] == 24
     flipped(teacher)
     with pytest.raises(EvlecgError, match="the teacher is another one"):
         distill(chosen, data=synthetic, out=tmp_path / "run", resume=True)

@@ -61,6 +61,8 @@ def save(job: Job, state: Position, out: Path) -> None:
             _drop_old(out, state, job.recipe.checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        if "DataLoader" in str(error):  # a loader process died at this moment
+            raise
         kept = sorted(path.name for path in (out / FOLDER).glob("step-*"))
         raise RunFailed(
             f"the checkpoint of step {state.step} cannot be written: {_reason(error)}", where=folder,

@@ -1,6 +1,7 @@
 """The command line: prepare, distill, eval, export. The only place that prints and exits.
 
-Exit codes: 0 done, 1 failure, 2 bad input, 3 a quality gate not met. Heavy modules load inside the commands, so that
+Exit codes: 0 done, 1 failure, 2 bad input, 3 a quality gate not met; 143 and 130: stopped by SIGTERM or SIGINT (a
+training run has saved by then, and `--resume` goes on). Heavy modules load inside the commands, so that
 `--help` and `--version` answer at once.
 """
 
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from evlecg import __version__, launch
-from evlecg.errors import EvlecgError
+from evlecg.errors import EvlecgError, Stopped
 from evlecg.progress import ConsoleProgress, Progress
 
 GATE_NOT_MET = 3
@@ -157,6 +158,8 @@ def prepare(
     epilog="Examples: evlecg distill (the quickstart) · "
     "evlecg distill --teacher X --student Y --data data/ptbxl --out runs/mine · "
     "evlecg distill --teacher none --student Y --set train.lr=1e-4 (plain fine-tuning) · "
+    "evlecg distill --recipe R --out runs/mine --set evaluate.every=200 --set evaluate.patience=5 · "
+    "evlecg distill --out runs/mine --resume · "
     "evlecg distill --study methods --out studies/methods --workers 2",
 )
 def distill(
@@ -196,13 +199,25 @@ def distill(
         bool, typer.Option("--dry-run", help="Checks, memory and time of a step; leaves nothing on disk.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on where the run is not expected to fit.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --out, to the bit.")
+    ] = False,
+    keep_last: Annotated[
+        int | None, typer.Option(help="Checkpoints that are kept (beside the best validated one).")
+    ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow, trackio, ...: follow the run; repeatable.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a student on a teacher; score it, its control and the teacher; export it."""
+    """Train a student on a teacher; score it, its control and the teacher; export it.
+
+    A run can be killed at any moment, and goes on with --resume as if it had not been. SIGTERM and the first SIGINT
+    finish the step, save, and exit with 143 and 130; a full disk or a dead loader process exits with 1.
+    """
     from evlecg.recipe import load_recipe, parse_set
 
     if study is not None:
@@ -212,6 +227,7 @@ def distill(
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
         "train.dtype": student_dtype, "train.teacher_dtype": teacher_dtype, "train.teacher_bits": teacher_bits,
         "lora.rank": lora_rank, "trust_remote_code": trust_remote_code or None, "allow_pickle": allow_pickle or None,
+        "checkpoint.keep_last": keep_last, "track": track or None,
     }  # fmt: skip
     if resume and out is None:
         raise EvlecgError("--resume needs the run to go on with", where="--out", hint="--out RUN")
@@ -234,7 +250,9 @@ def distill(
             return _print_json(rehearsed.to_dict())
         typer.echo(
             f"dry run: {rehearsed.total_steps} steps of {rehearsed.step_s:.3g} s: about "
-            f"{_duration(rehearsed.estimated_s)} of training, start included; nothing was written"
+            f"{_duration(rehearsed.estimated_s)} of training, start"
+            + (f" and {rehearsed.evaluations} evaluations" if rehearsed.evaluations else "")
+            + " included; nothing was written"
         )
         return None
     result = run_line(resolved, out=out, resume=resume, overwrite=overwrite, force=force, progress=progress)
@@ -540,7 +558,7 @@ def _usage(error: Exception) -> int | None:
 
 
 def _fail(error: EvlecgError) -> None:
-    typer.echo(f"error: {error}", err=True)
+    typer.echo(f"{error}" if isinstance(error, Stopped) else f"error: {error}", err=True)
     if "--json" in sys.argv:
         _print_json({"error": {"what": error.what, "where": error.where, "hint": error.hint}})
 

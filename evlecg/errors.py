@@ -39,3 +39,16 @@ class RunFailed(EvlecgError):
     """The input was fine, the run was not (a loss that is not finite, an export that does not reload)."""
 
     exit_code = 1
+
+
+class Stopped(RunFailed):
+    """A run that ended because a signal asked it to, saved, and can be gone on with.
+
+    Args:
+        what, where, hint: as for `EvlecgError`.
+        number: of the signal; as in a shell, the exit code is 128 more: 143 for SIGTERM, 130 for SIGINT.
+    """
+
+    def __init__(self, what: str, *, where: object = "", hint: str = "", number: int = 15) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.exit_code = 128 + number

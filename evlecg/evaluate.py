@@ -291,15 +291,11 @@ def _scorer(
 ) -> Scorer:  # fmt: skip
     import torch
 
-    from evlecg.models.score import Answering, Scorer
+    from evlecg.models.score import Answering, scorer_of
 
     if not hasattr(loaded.model, "hf_quantizer"):  # quantised weights are where they belong
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    size = page.student_size
-    scorer = Scorer(loaded, prepared, page_style(page), size_px=(size[0], size[1]) if size else None,
-                    answering=Answering(answers, calibration))  # fmt: skip
-    scorer.prove(max(samples[:64], key=lambda sample: len(sample.questions)))
-    return scorer
+    return scorer_of(loaded, prepared, page, samples, answering=Answering(answers, calibration))
 
 
 def _predict(
@@ -429,21 +425,12 @@ def read_scored(folder: Path, labels: Sequence[str] | None = None, name: str = P
     path = folder / name
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        patients = {row["record_id"]: row["patient_id"] for row in rows}
-        place = {record: index for index, record in enumerate(patients)}
-        names = tuple(dict.fromkeys(row["label"] for row in rows)) if labels is None else tuple(labels)
-        column = {label: index for index, label in enumerate(names)}
-        score_NK = np.full((len(place), len(column)), np.nan)
-        truth_NK = np.full((len(place), len(column)), np.nan)
-        for row in rows:
-            where = place[row["record_id"]], column[row["label"]]
-            score_NK[where], truth_NK[where] = row["score"], row["truth"]
+        return Scored.of_rows(rows, labels)
     except OSError as error:
         raise EvlecgError("not a report folder with predictions", where=folder,
                           hint="a folder that evlecg eval wrote") from error  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise EvlecgError("predictions are damaged", where=path, hint="score the model again") from error
-    return Scored(score_NK, truth_NK, list(patients.values()), names, list(patients))
 
 
 def is_report(folder: Path) -> bool:

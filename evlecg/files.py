@@ -160,6 +160,22 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def to_disk(path: Path) -> None:
+    """Returns once a file, or a folder with all that it holds, is on the disk and no longer in a cache alone.
+
+    Raises:
+        OSError: it cannot be, for example because the disk is full.
+    """
+    for item in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if item.is_dir() and os.name == "nt":  # Windows opens no folders
+            continue
+        descriptor = os.open(item, os.O_RDONLY if item.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _beside(path: Path) -> Path:
     """A fresh hidden name in the same folder, hence on the same file system: a rename there is atomic."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -179,6 +179,7 @@ class TrainConfig:
         50, "batches whose records are sorted by length before they are cut, against padding; 1: no sorting", low=1
     )
     compile: bool = _key(False, "torch.compile the layers of student and teacher: a minute at start for faster steps")
+    most_bad: int = _key(5, "steps in a row without a finite loss and gradient (each is skipped) that end a run", low=1)
 
 
 @dataclass(frozen=True)
@@ -310,10 +311,23 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Training state on disk."""
+    """Training state on disk, from which --resume goes on to the bit."""
 
     every: int | None = _key(None, "steps between checkpoints; null: one an epoch", low=1)
-    keep_last: int = _key(1, "how many are kept", low=1)
+    keep_last: int = _key(1, "how many are kept, beside the best validated one", low=1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Macro AUC on validation records while training."""
+
+    every: int = _key(0, "steps between evaluations (the last step has one, too); 0: none", low=0)
+    max_records: int | None = _key(None, "the first N validation records only", low=1)
+    patience: int = _key(0, "stop after so many evaluations without a better AUC; 0: never", low=0)
+    keep: str = _key(
+        "best", "which student is saved where there are evaluations: the one with the best AUC, or the last",
+        choices=("best", "last"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -354,6 +368,10 @@ class Recipe:
     objective: ObjectiveConfig = _section(ObjectiveConfig)
     log: LogConfig = _section(LogConfig)
     checkpoint: CheckpointConfig = _section(CheckpointConfig)
+    evaluate: EvaluateConfig = _section(EvaluateConfig)
+    track: tuple[str, ...] = _key(
+        (), "trackers that follow the run, by accelerate's names: tensorboard, wandb, mlflow, ..."
+    )
     finish: FinishConfig = _section(FinishConfig)
 
     @property
@@ -369,12 +387,50 @@ class Recipe:
         """Plain nested dict (tuples as lists): what YAML and JSON hold."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, as `--set` names them."""
+        return _flat(self.to_dict())
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change with any key."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+# what a run may be resumed with otherwise than it was begun: nothing of it decides which step comes next
+FREE_ON_RESUME = (
+    "name", "threads", "trust_remote_code", "allow_pickle", "train.workers", "train.most_bad", "log", "checkpoint",
+    "evaluate", "track", "finish",
+)  # fmt: skip
+
+
+def check_resumed(recipe: Recipe, begun: Recipe, *, where: object) -> None:
+    """A run goes on as it was begun.
+
+    Args:
+        recipe: what it is to go on with.
+        begun: what it was begun with.
+        where: the run, for the error.
+
+    Raises:
+        EvlecgError: a key that decides its steps differs.
+    """
+    old, new = begun.flat(), recipe.flat()
+    for key, value in new.items():
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
+        if value != old[key] and not free:
+            raise EvlecgError(f"the run was begun with {key}={old[key]}, not {value}", where=where,
+                              hint="leave it out to go on, or start another run with another --out")  # fmt: skip
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def load_recipe(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> Recipe:

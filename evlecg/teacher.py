@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from evlecg.errors import RunFailed
 from evlecg.models.load import Loaded
 from evlecg.models.outputs import forward
 from evlecg.schema import AnswerLogits, Batch, Outputs
@@ -33,7 +34,10 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        assert batch.teacher is not None and not self.loaded.model.training
+        if self.loaded.model.training:
+            raise RunFailed("the teacher is in training mode: dropout would make its outputs noise",
+                            where=self.loaded.checkpoint.name, hint="call eval() on it")  # fmt: skip
+        assert batch.teacher is not None
         return forward(self.loaded, batch.teacher, visual_layer=self.visual_layer, attention=self.attention)
 
 

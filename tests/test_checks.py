@@ -184,7 +184,7 @@ def test_a_dry_run_tells_and_leaves_nothing(checkpoints, synthetic, tmp_path, mo
     arguments = ["distill", "--dry-run", "--json", "--teacher", str(checkpoints["llava"]), "--student",
                  str(checkpoints["idefics3"]), "--data", str(synthetic), "--batch-size", "4", "--epochs", "2",
                  "--teacher-dtype", "bfloat16", "--student-dtype", "float32", "--lora-rank", "2",
-                 "--set", "train.remember_teacher=true"]  # fmt: skip
+                 "--set", "train.remember_teacher=true", "--set", "evaluate.every=5"]  # fmt: skip
     before = sorted(str(file) for file in synthetic.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["evlecg", *arguments])
     with pytest.raises(SystemExit) as stopped:
@@ -195,7 +195,9 @@ def test_a_dry_run_tells_and_leaves_nothing(checkpoints, synthetic, tmp_path, mo
     assert told["total_steps"] == 12 and told["checks"]["memory"]["fits"]
     assert told["checks"]["teacher"]["dtype"] == "bfloat16" and told["checks"]["student"]["trained"] < 10_000
     assert told["later_step_s"] > 0 and told["estimated_s"] > told["start_s"] > 0
-    assert told["estimated_s"] == pytest.approx(told["start_s"] + 6 * told["step_s"] + 6 * told["later_step_s"])
+    assert told["evaluations"] == 3 and told["evaluation_s"] > 0
+    steps_s = 6 * told["step_s"] + 6 * told["later_step_s"]
+    assert told["estimated_s"] == pytest.approx(told["start_s"] + steps_s + 3 * told["evaluation_s"])
     assert "memory of a training step" in shown.err and "start-up checks" in shown.err
     assert list(tmp_path.iterdir()) == [] and sorted(str(file) for file in synthetic.rglob("*")) == before
 

@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_promises(checkpoints, synthetic, tmp_path):
     distill(recipe(checkpoints), data=synthetic, out=run)
     assert {item.name for item in run.iterdir()} == {
         "figures",
-        "recipe.yaml", "metrics.jsonl", "student", "checkpoints", "run.json",
+        "recipe.yaml", "provenance.json", "metrics.jsonl", "student", "checkpoints", "run.json",
     }  # fmt: skip
     assert load_recipe(str(run / "recipe.yaml")) == recipe(checkpoints)
     made = json.loads((run / "run.json").read_text())

@@ -449,7 +449,11 @@ def test_environment_names_versions_and_commit(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
     found = environment()
-    assert found["git"] is None
+    assert found["git"] is None  # of the working folder; the package's own is another matter
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / ".git").exists():
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout
+        assert found["evlecg_git"].removesuffix("-dirty") == revision.strip()
     assert found["python"] == sys.version.split()[0]
     assert found["numpy"] == np.__version__
     assert found["cpu_count"] >= 1

@@ -6,9 +6,10 @@ Shape legend: N records, K labels, P patients.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,27 @@ class Scored:
                 where=f"label {labels[k]}, {self._record(n)}",
                 hint="the model's logits are NaN: was training unstable, or the dtype too small?",
             )
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[Mapping[str, Any]], labels: Sequence[str] | None = None) -> Scored:
+        """Predictions, one a label of a record, as a table.
+
+        Args:
+            rows: `record_id`, `patient_id`, `label`, `score` and `truth` of each, as `Prediction` names them; of two
+                for the same label of the same record the later counts.
+            labels: columns; None: as they come.
+        """
+        rows = list(rows)
+        patients = {row["record_id"]: row["patient_id"] for row in rows}
+        place = {record: index for index, record in enumerate(patients)}
+        names = tuple(dict.fromkeys(row["label"] for row in rows)) if labels is None else tuple(labels)
+        column = {label: index for index, label in enumerate(names)}
+        score_NK = np.full((len(place), len(column)), np.nan)
+        truth_NK = np.full((len(place), len(column)), np.nan)
+        for row in rows:
+            where = place[row["record_id"]], column[row["label"]]
+            score_NK[where], truth_NK[where] = row["score"], row["truth"]
+        return cls(score_NK, truth_NK, list(patients.values()), names, list(patients))
 
     @classmethod
     def answers(cls, correct_N: Sequence[float] | np.ndarray, patient_ids: Sequence[str]) -> Scored:

@@ -30,7 +30,8 @@ from evlecg.models.load import Loaded
 from evlecg.models.outputs import can_pack, forward, to_device
 from evlecg.models.prefix import can_share, forward_shared
 from evlecg.models.views import encoder_for, view_of
-from evlecg.page.render import PageStyle, empty_page
+from evlecg.page.render import PageStyle, empty_page, page_style
+from evlecg.recipe import PageConfig
 from evlecg.schema import Prediction, Question, Sample
 
 PACKED, SHARED, ROWS = "packed", "shared", "rows"
@@ -198,6 +199,14 @@ class Scorer:
                 truth=question.answer == question.choices[0],
             )
 
+    def in_batches(
+        self, samples: Sequence[Sample], batch_size: int
+    ) -> Iterator[tuple[Sequence[Sample], list[Prediction]]]:
+        """Scores any number of samples, `batch_size` records a forward pass: each batch with its predictions."""
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            yield batch, list(self.score(batch))
+
     def answered(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples (one batch) with the model's likeliest choice as the answer to every question."""
         questions: list[list[Question]] = [[] for _ in samples]
@@ -319,3 +328,15 @@ class Scorer:
 def _unanswered(question: Question) -> Question:
     """A question as the paper without a tracing is asked it: the same whatever is right."""
     return Question(question.text, "", question.choices, question.label, question.kind, question.history)
+
+
+def scorer_of(
+    loaded: Loaded, prepared: Prepared, page: PageConfig, samples: Sequence[Sample], *,
+    answering: Answering | None = None,
+) -> Scorer:  # fmt: skip
+    """A scorer of pages as `page` says; how it reads questions is tried on the fullest of the first 64 samples."""
+    size = page.student_size
+    size_px = (size[0], size[1]) if size else None
+    scorer = Scorer(loaded, prepared, page_style(page), size_px=size_px, answering=answering)
+    scorer.prove(max(samples[:64], key=lambda sample: len(sample.questions)))
+    return scorer

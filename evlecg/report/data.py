@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol
 
 from evlecg import __version__
@@ -212,18 +213,21 @@ def _value_and_interval(estimate: Estimate) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were made with: versions (read, not imported), machine kind, and the working folder's commit.
+    """What the numbers were made with: versions (read, not imported), machine kind, and commits.
 
-    A version is null where the package is not installed; `git` is null outside a repository and ends in `-dirty`
-    where tracked files differ from the commit.
+    A version is null where the package is not installed; `git` is the working folder's commit, `evlecg_git` that of the
+    checkout which the package itself is run from: null outside a repository, and ending in `-dirty` where tracked files
+    differ from the commit.
     """
+    package = Path(__file__).resolve().parents[1]
     return {
         "evlecg": __version__,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "git": _git_revision(),
+        "git": _git_revision(Path.cwd()),
+        "evlecg_git": _git_revision(package) if _is_tracked(package / "__init__.py") else None,
     }
 
 
@@ -234,10 +238,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_revision() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # the hash, never a tag
+def _git_revision(folder: Path) -> str | None:
+    # the hash, never a tag
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+
+
+def _is_tracked(file: Path) -> bool:
+    """Whether a repository holds the file: an environment may lie inside another project's repository."""
+    return bool(_git(file.parent, "ls-files", file.name))
+
+
+def _git(folder: Path, *command: str) -> str:
+    """What git says in a folder; nothing without git, a repository or a commit."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit
-        return None
-    return done.stdout.strip() or None
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -16,9 +16,12 @@ from evlecg.page.render import page_style
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.training.estimate import adapt_student, step_memory, tell_memory
+from evlecg.training.guards import check_answers
 from evlecg.training.processes import accelerator_of, is_sharded, shard_teacher, tell_unused
 from evlecg.training.processes import prepared as prepared_models
 from evlecg.training.step import Job
+from evlecg.training.track import check_trackers
+from evlecg.training.validate import validation_of, validation_samples
 
 if TYPE_CHECKING:
     from evlecg.models.memory import Verdict
@@ -73,6 +76,8 @@ def build(
             "a teacher that is remembered must see the same pages in every epoch", where="augment", hint=hint
         )
     permissions = {"trust_remote_code": recipe.trust_remote_code, "allow_pickle": recipe.allow_pickle}
+    check_trackers(recipe.track)
+    validated = validation_samples(recipe, prepared, labels)
     checkpoints = [models.inspect(recipe.student, kind=recipe.student_kind, **permissions)]
     if recipe.needs_teacher:
         checkpoints.append(models.inspect(recipe.teacher, kind=recipe.teacher_kind, **permissions))
@@ -162,7 +167,10 @@ def build(
     _check_method(recipe, needs, len(samples))
     if recipe.effective_method == "seqkd" and teacher is not None:
         builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
-    batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=accelerator.num_processes))
+    processes = accelerator.num_processes
+    batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=processes))
+    for batch in epoch_batches(len(samples), train.batch_size, seed=recipe.seed, epoch=0, processes=processes)[:1]:
+        check_answers(builder(batch.tolist()))
     total = train.epochs * math.ceil(batches / train.accumulation)
     if train.max_steps is not None:
         total = min(total, train.max_steps)
@@ -190,6 +198,7 @@ def build(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
         needs=needs, checks=checks, adapted=adapted, processes=processes, sharded=sharded, lengths=lengths,
+        validation=validation_of(recipe, prepared, validated, student, accelerator),
     )  # fmt: skip
 
 

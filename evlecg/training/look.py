@@ -30,7 +30,8 @@ def _probe(job: Job) -> tuple[Any, Any, Any] | None:
     job.student.model.eval()
     with torch.no_grad():
         outputs = forward(job.student, batch.student, visual_layer=job.recipe.objective.visual_layer)
-        taught = job.signal(batch) if job.signal is not None else None
+        signal = getattr(job.signal, "live", job.signal)  # what is remembered comes from training batches alone
+        taught = signal(batch) if signal is not None else None
     job.student.model.train(training)
     return (batch, outputs, taught) if main else None
 

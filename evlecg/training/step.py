@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evlecg.data.store import Prepared
+from evlecg.errors import EvlecgError
 from evlecg.models import load as models
 from evlecg.recipe import Recipe
 
@@ -31,13 +32,12 @@ class Position:
     batch: int = 0  # batches of this epoch already read
     step: int = 0  # optimizer steps taken
     scales: dict[str, float] = dataclasses.field(default_factory=dict)  # of balanced terms
-
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        self.scales = state.get("scales", {})
+    skipped: int = 0  # batches (or groups of them) that moved nothing: their loss or gradient was not finite
+    bad: int = 0  # how many of those came last, one after another
+    validated: int = 0  # the step of the last evaluation on validation records
+    best_step: int | None = None
+    best_auc: float | None = None  # macro AUROC on validation records at `best_step`
+    unimproved: int = 0  # evaluations since then
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,20 @@ class Job:
     processes: int = 1  # that share a step
     sharded: bool = False  # each holds a part of the weights: what runs a model must run it on all processes
     lengths: tuple[int, ...] | None = None  # of the samples' texts, where batches are cut by them
+    validation: Any = None  # what scores validation records while training, where the recipe wants that
 
 
 def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradients: bool) -> dict[str, Any] | None:
-    """One optimizer step over a group of batches; what to log of it, or None where a loss is not finite.
+    """One optimizer step over a group of batches; what to log of it.
+
+    None where the loss or its gradient is not finite: then nothing has moved. (Under float16 a gradient that overflows
+    is the scaler's business.)
 
     Gradient norms of terms are those of the group's first batch (on all processes), diagnostics those of the last batch
     on this process.
     """
+    import torch
+
     from evlecg.losses.terms import balanced, rescaled, shared_out
     from evlecg.models.outputs import AnswerHead, forward, to_device
 
@@ -80,6 +86,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
     tells = diagnose or gradients
     sums: dict[str, Any] = {}
     total: Any = 0.0
+    scales = state.scales
     for number, batch in enumerate(group, start=1):
         first, last = number == 1, number == len(group)
         batch = to_device(batch, accelerator.device)
@@ -117,6 +124,10 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
     average_gradients(job)
     parameters = [p for part in job.optimizer.param_groups for p in part["params"]]
     norm = accelerator.clip_grad_norm_(parameters, recipe.train.clip or math.inf)
+    if norm is not None and accelerator.scaler is None and not bool(torch.isfinite(norm)):  # clipped, it is NaN
+        job.optimizer.zero_grad()
+        state.scales = scales
+        return None
     rate = job.schedule.get_last_lr()[0]
     job.optimizer.step()
     job.schedule.step()
@@ -129,7 +140,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
             "loss": total,
             "terms": values,
             "weighted": weighted,
-            "grad_norm": float(norm),
+            "grad_norm": float(norm),  # type: ignore
             "diagnostics": terms.diagnostics,
         }
     return told
@@ -261,9 +272,35 @@ def batches_of(job: Job, epoch: int) -> list[Any]:
 
 
 def loader(job: Job, batches: list[Any], epoch: int) -> Iterator[Any]:
+    """Batches of an epoch, drawn and encoded in `train.workers` processes.
+
+    Raises:
+        EvlecgError: what a record raised, wherever it was read.
+    """
+    import torch
     from torch.utils.data import DataLoader
 
     workers = job.recipe.train.workers
     places = range(len(job.builder.samples))
-    builder = dataclasses.replace(job.builder, epoch=epoch)
-    return iter(DataLoader(places, batch_sampler=batches, collate_fn=builder, num_workers=workers))  # type: ignore[arg-type]
+    builder = _Carrying(dataclasses.replace(job.builder, epoch=epoch))
+    # a generator of its own: a loader draws a seed for its workers, and from torch's that would be one draw more in a
+    # run that is resumed in mid-epoch
+    read = DataLoader(places, batch_sampler=batches, collate_fn=builder, num_workers=workers,  # type: ignore[arg-type]
+                      generator=torch.Generator())  # fmt: skip
+    for batch in read:
+        if isinstance(batch, EvlecgError):
+            raise batch
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Carrying:
+    """A batch builder whose errors come home from a worker as they are: torch would send their traceback as a text."""
+
+    builder: Any
+
+    def __call__(self, indices: Any) -> Any:
+        try:
+            return self.builder(indices)
+        except EvlecgError as error:
+            return error

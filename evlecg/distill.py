@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import statistics
 import time
@@ -25,11 +24,11 @@ from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.report import environment
 from evlecg.training.build import build, opened
+from evlecg.training.cache import REHEARSED_STEPS
 from evlecg.training.look import draw_figures, keep_spectra
 from evlecg.training.step import Job, Position, grouped, loader, step, weak_terms
 
 MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
-REHEARSED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -107,15 +106,15 @@ class DryRun:
         checks: the start-up checks, memory included.
         total_steps: optimizer steps of the whole run.
         step_s: median seconds of a measured step, without the first.
-        later_step_s: the same once `train.remember_teacher` answers from memory; `step_s` without it.
-        start_s: seconds until the first step.
+        teacher_s: seconds that the teacher takes for what a cache (or memory) has to be given before the first step.
+        start_s: seconds until the first step, without those.
         estimated_s: seconds of the whole training; reports, control and export come on top.
     """
 
     checks: dict[str, Any]
     total_steps: int
     step_s: float
-    later_step_s: float
+    teacher_s: float
     start_s: float
     estimated_s: float
 
@@ -138,19 +137,13 @@ def rehearse(recipe: Recipe, *, data: Path, force: bool = False, progress: Progr
     prepared, samples, labels = opened(recipe, data)
     job = build(recipe, prepared, samples, labels, progress, force=force, always_estimate=True)
     start_s = time.monotonic() - begun_s
-    first, later = _timed_steps(job)
-    remembers = recipe.needs_teacher and recipe.train.remember_teacher
-    if remembers:
-        _, later = _timed_steps(job)  # the same records again
-    epoch = math.ceil(job.total_steps / recipe.train.epochs) if remembers else job.total_steps
-    epoch = min(epoch, job.total_steps)
-    step_s = first if remembers else later
-    estimated_s = start_s + epoch * step_s + (job.total_steps - epoch) * later
-    return DryRun(job.checks, job.total_steps, step_s, later, start_s, estimated_s)
+    step_s = _timed_steps(job)
+    estimated_s = start_s + job.teacher_s + job.total_steps * step_s
+    return DryRun(job.checks, job.total_steps, step_s, job.teacher_s, start_s, estimated_s)
 
 
-def _timed_steps(job: Job) -> tuple[float, float]:
-    """Takes `REHEARSED_STEPS` steps, loading included; the median seconds of those after the first, twice over.
+def _timed_steps(job: Job) -> float:
+    """Takes `REHEARSED_STEPS` steps, loading included; the median seconds of those after the first.
 
     The first of a process also pays for allocators and kernels; a run of one step has no other.
     """
@@ -170,8 +163,7 @@ def _timed_steps(job: Job) -> tuple[float, float]:
             raise RunFailed("the loss of a first step is not finite", where=recipe.name, hint="lower train.lr")
         taken_s.append(time.monotonic() - begun_s)
         begun_s = time.monotonic()
-    seconds = statistics.median(taken_s[1:] or taken_s)
-    return seconds, seconds
+    return statistics.median(taken_s[1:] or taken_s)
 
 
 def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from evlecg.training.estimate import adapt_student, step_memory, tell_memory
 from evlecg.training.step import Job
 
 if TYPE_CHECKING:
+    from evlecg.models.batch import BatchBuilder
     from evlecg.models.memory import Verdict
 
 ANSWER_BATCH = 16  # records a forward pass when the teacher is asked for its answers
@@ -60,18 +61,14 @@ def build(
     from evlecg.models.memory import Verdict, free_bytes
     from evlecg.models.views import encoder_for
     from evlecg.models.vocabulary import token_bytes
-    from evlecg.teacher import LiveTeacher, RememberingTeacher
+    from evlecg.teacher import LiveTeacher
+    from evlecg.training.cache import cache_of, wants_packing
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     train = recipe.train
     method = METHODS[recipe.effective_method]
     augment = augmenter(recipe.augment, seed=recipe.seed)
-    if augment is not None and augment.teacher and recipe.needs_teacher and train.remember_teacher:
-        hint = "set augment.teacher=false or train.remember_teacher=false"
-        raise EvlecgError(
-            "a teacher that is remembered must see the same pages in every epoch", where="augment", hint=hint
-        )
     permissions = {"trust_remote_code": recipe.trust_remote_code, "allow_pickle": recipe.allow_pickle}
     checkpoints = [models.inspect(recipe.student, kind=recipe.student_kind, **permissions)]
     if recipe.needs_teacher:
@@ -81,7 +78,7 @@ def build(
     if checkpoints[0].original is not None and checkpoints[0].original.tiled:
         hint = "no transformers family lays tiles out flat, so what was trained could not be loaded again"
         raise EvlecgError("this original LLaVA layout can teach only", where=recipe.student, hint=hint)
-    sizes = (_pair(recipe.page.student_size), _pair(recipe.page.teacher_size))
+    sizes = (page_size(recipe.page.student_size), page_size(recipe.page.teacher_size))
     style = page_style(recipe.page)
     accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
     texts = all(checkpoint.kind == "text" for checkpoint in checkpoints)
@@ -103,9 +100,14 @@ def build(
         verdict.check(force=force)
         return verdict
 
+    cache = None
+    if recipe.needs_teacher:
+        size = Encoder(checkpoints[1], processors[1], size_px=sizes[1]).size_px if texts else sizes[1]
+        cache = cache_of(recipe, prepared, samples, checkpoints[1], size, progress, rehearsal=always_estimate)
+
     if train.teacher_bits and recipe.needs_teacher and texts:  # is there a library that quantises?
         adapt.quantisation(models.shapes(checkpoints[1]), train.teacher_bits, compute_dtype=train.teacher_dtype)
-    packs = train.packing != "never" and max(len(sample.questions) for sample in samples) > 1
+    packs = wants_packing(recipe, samples)
     packs = packs and not any(checkpoint.kind == "text" and checkpoint.apart for checkpoint in checkpoints)
     memory = None
     if texts:
@@ -119,28 +121,33 @@ def build(
     set_seed(recipe.seed)
     student = models.load(checkpoints[0], dtype=train.dtype, seed=recipe.seed, processor=processors[0], labels=labels,
                           signal=recipe.student_signal)  # fmt: skip
+
+    if cache is not None and not cache.complete(packs):
+        cache.await_writer()
     teacher = None
-    if recipe.needs_teacher:
-        teacher = models.load(
-            checkpoints[1], dtype=train.teacher_dtype, processor=processors[1], signal=recipe.teacher_signal,
-            bits=train.teacher_bits, device_map=train.teacher_device_map,
-        )  # fmt: skip
-        if not train.teacher_bits and not train.teacher_device_map:
-            teacher.model.to(accelerator.device)
-        teacher.model.eval()
+    if recipe.needs_teacher and (cache is None or not cache.complete(packs)):
+        teacher = load_teacher(recipe, checkpoints[1], processors[1], accelerator.device)
     adapted = adapt_student(recipe, student)
-    if not texts:
-        encoders += [
-            encoder_for(loaded, size_px=size)
-            for loaded, size in zip((student, teacher), sizes, strict=True)
-            if loaded is not None
-        ]
-    unpacked = batches_of(False)
-    lengths = check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints)
-    student_encoder, teacher_encoder = unpacked.student, unpacked.teacher
     student.model.to(accelerator.device)
 
-    packed, checks = startup_checks(recipe, unpacked, student, teacher, progress, lengths=lengths)
+    def looked() -> tuple[BatchBuilder, bool, dict[str, Any]]:
+        """The builder of unpacked batches, whether questions are packed, and what the start-up checks found."""
+        there = [loaded for loaded in (student, teacher) if loaded is not None]
+        if not texts:
+            encoders[:] = [encoder_for(loaded, size_px=size) for loaded, size in zip(there, sizes, strict=False)]
+        lengths = check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints[: len(there)])
+        unpacked = batches_of(False)
+        return unpacked, *startup_checks(recipe, unpacked, student, teacher, progress, lengths=lengths)
+
+    unpacked, packed, checks = looked()
+    if cache is not None and teacher is None:
+        packed = packed and cache.packs
+        if not cache.complete(packed):  # it holds what a student that packs has read, and this one does not
+            teacher = load_teacher(recipe, checkpoints[1], processors[1], accelerator.device)
+            unpacked, packed, checks = looked()
+        elif cache.facts is not None:
+            checks["teacher"] = dict(cache.facts.checks)
+    student_encoder, teacher_encoder = unpacked.student, unpacked.teacher
     if packed != packs:
         memory = fits(packed)
     checks["memory"] = memory.to_dict() if memory is not None else None
@@ -153,7 +160,11 @@ def build(
         for loaded, encoder in ((student, student_encoder), (teacher, teacher_encoder))
         if loaded is not None and encoder is not None
     ]  # fmt: skip
-    objective = method(recipe.objective, student=facts[0], teacher=facts[1] if teacher is not None else None)
+    if cache is not None and teacher is None:
+        stands_in = models.Loaded(checkpoints[1], None, processors[1])  # for its vocabulary
+        tokens = token_bytes(stands_in, teacher_encoder) if method.reads_tokens else ()
+        facts.append(cache.model_facts(tokens))
+    objective = method(recipe.objective, student=facts[0], teacher=facts[1] if recipe.needs_teacher else None)
     needs = objective.needs
     if teacher is not None:
         check_labels(teacher, labels, needs, progress)
@@ -179,17 +190,35 @@ def build(
     accelerator.register_for_checkpointing(schedule)
     if not all(parameter.requires_grad for parameter in student.model.parameters()):
         adapt.save_trained_only(accelerator, student.model)
-    signal = None
+    signal, teacher_head = None, None
     if teacher is not None and needs:
         attention = "attention" in needs
         signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer, attention=attention)
-        if train.remember_teacher:
-            signal = RememberingTeacher(signal, needs)
+    if cache is not None:
+        if signal is not None and teacher is not None:
+            cache.fill(signal, teacher, builder, checks.get("teacher", {}), accelerator)
+        builder, signal, teacher_head = cache.read_by(builder, checkpoints[1])
+        teacher = None  # it has said all that it is asked
+        checks["teacher_cache"] = cache.told()
     return Job(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
-        needs=needs, checks=checks, adapted=adapted,
+        needs=needs, checks=checks, adapted=adapted, teacher_head=teacher_head,
+        teacher_s=cache.expected_s if cache is not None else 0.0,
     )  # fmt: skip
+
+
+def load_teacher(recipe: Recipe, checkpoint: models.Checkpoint, processor: Any, device: Any) -> models.Loaded:
+    """The teacher as the recipe wants it, on its device and in eval mode."""
+    train = recipe.train
+    loaded = models.load(
+        checkpoint, dtype=train.teacher_dtype, processor=processor, signal=recipe.teacher_signal,
+        bits=train.teacher_bits, device_map=train.teacher_device_map,
+    )  # fmt: skip
+    if not train.teacher_bits and not train.teacher_device_map:
+        loaded.model.to(device)
+    loaded.model.eval()
+    return loaded
 
 
 def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None:
@@ -201,10 +230,6 @@ def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None
     if rows < METHODS[name].least_rows:
         raise EvlecgError(f"{name} compares the records of a batch with one another: {rows} are too few",
                           where="train.batch_size", hint=f"at least {METHODS[name].least_rows}")  # fmt: skip
-    unkept = needs & {"attention", "logits"} if recipe.train.remember_teacher else frozenset()
-    if unkept:
-        raise EvlecgError(f"{name} reads the teacher's {' and '.join(sorted(unkept))}, which are not remembered",
-                          where="train.remember_teacher", hint="set train.remember_teacher=false")  # fmt: skip
 
 
 def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -> list:
@@ -242,7 +267,8 @@ def optimizer_of(recipe: Recipe, model: Any, objective: Any) -> Any:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, weight_decay=train.weight_decay)
 
 
-def _pair(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+def page_size(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """A page size of a recipe; None where the processor decides."""
     if size is None:
         return None
     if len(size) != 2 or min(size) < 16:

@@ -49,7 +49,7 @@ def step_memory(
     from evlecg.losses.objective import METHODS
     from evlecg.models import memory
     from evlecg.models.adapt import quantisation
-    from evlecg.teacher import MEMORY_BYTES
+    from evlecg.teacher.store import MEMORY_BYTES
 
     train = recipe.train
     device = torch.device(device)

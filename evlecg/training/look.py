@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evlecg.training.step import Job
-
-PROBE_RECORDS = 8  # that figures and spectra are taken from
+from evlecg.training.step import PROBE_RECORDS, Job
 
 
 def _probe(job: Job) -> tuple[Any, Any, Any] | None:

@@ -13,6 +13,7 @@ from evlecg.data.store import Prepared
 from evlecg.models import load as models
 from evlecg.recipe import Recipe
 
+PROBE_RECORDS = 8  # the first training records: figures and spectra are taken from them
 WEAK_SHARE = 0.01  # of the gradient; a term below it changes next to nothing
 
 
@@ -52,6 +53,8 @@ class Job:
     needs: frozenset[str]
     checks: dict[str, Any]
     adapted: Any = None  # the PeftModel around the student's model, with LoRA
+    teacher_head: Any = None  # where a method reads it and the teacher is not loaded
+    teacher_s: float = 0.0  # that the teacher still takes, where a dry run left records out
 
 
 def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradients: bool) -> dict[str, Any] | None:
@@ -77,7 +80,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
                 job.signal(batch) if job.signal is not None else None,
                 batch,
                 output_head=AnswerHead(job.student),
-                teacher_head=AnswerHead(job.teacher) if "heads" in job.needs and job.teacher is not None else None,
+                teacher_head=_teacher_head(job),
                 ramp=_ramp(recipe.objective.warmup, state.step, job.total_steps),
                 diagnose=diagnose and last,
             )
@@ -110,6 +113,15 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
             "diagnostics": terms.diagnostics,
         }
     return told
+
+
+def _teacher_head(job: Job) -> Any:
+    """The teacher's head as losses see it; None where they do not."""
+    from evlecg.models.outputs import AnswerHead
+
+    if job.teacher_head is not None or "heads" not in job.needs or job.teacher is None:
+        return job.teacher_head
+    return AnswerHead(job.teacher)
 
 
 def term_gradients(job: Job, terms: Any) -> dict[str, float]:

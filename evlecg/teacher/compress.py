@@ -126,7 +126,7 @@ def fit_low_rank(tokens: Sequence[Tensor], rank: int) -> LowRank:
     return LowRank(mean_D.float(), up_RD.float().contiguous())
 
 
-def affordable_rank(width: int, n_tokens: float, other_bytes: float, *, share: float) -> int:
+def affordable_rank(width: int, n_tokens: float, other_bytes: float, *, share: float, rows: int) -> int:
     """Directions with which a row's field takes at most a share of its fp16 bytes, at least one.
 
     Args:
@@ -134,5 +134,7 @@ def affordable_rank(width: int, n_tokens: float, other_bytes: float, *, share: f
         n_tokens: of an average row.
         other_bytes: that the row takes beside this field's numbers.
         share: of the fp16 bytes.
+        rows: that the directions themselves are kept for.
     """
-    return max(1, min(width, int((share * 2 * width * n_tokens - other_bytes) / max(n_tokens, 1) - SCALE_BYTES)))
+    left = share * 2 * width * n_tokens - other_bytes - SCALE_BYTES * n_tokens
+    return max(1, min(width, int(left / (max(n_tokens, 1) + 4 * width / rows))))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from evlecg.errors import RunFailed
 from evlecg.models.load import Loaded
 from evlecg.models.outputs import forward
 from evlecg.schema import Batch, Outputs, Side
@@ -65,6 +66,9 @@ class StoredSides:
     def __call__(self, indices: Sequence[int]) -> tuple[Side, list[Geometry]]:
         """The half of some samples, and the layouts of its rows."""
         keys = [key for index in indices for key in self.keys[int(index)]]
+        if any(not self.keys[int(index)] or self.store.lacks(self.keys[int(index)][0], ()) for index in indices):
+            raise RunFailed("the teacher's rows do not cover a batch: so many steps were skipped that the run reads on",
+                            hint="without train.max_steps every record is covered")  # fmt: skip
         rows = [self.store.side(key) for key in keys]
         return join_sides(rows, keys, frame=self.facts.frame), [row.geometry for row in rows]
 

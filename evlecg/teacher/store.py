@@ -49,6 +49,8 @@ SHARD_BYTES = 64 << 20
 SHARD_S = 60.0  # no more than so much of the teacher's work is lost to a kill
 FIT_ROWS, FIT_TOKENS = 64, 8  # principal directions are fitted on at least so many rows, and tokens a dimension
 MOST_FIT_ROWS = 512
+ROW_BYTES = 160  # what a row takes in a shard's header and tables of stops
+LEAST_ROWS = 500  # a cache grows: its directions are not made few because it begins small
 FP16_SHARE = 0.25  # what low_rank aims at: a row takes at most this share of its fp16 bytes
 MEMORY_BYTES = 2 << 30  # what a MemoryStore may hold
 
@@ -218,6 +220,7 @@ class FolderStore:
         self._codecs: dict[str, Codec] = {}
         self._decoders: dict[tuple[str, str], Codec] = {}  # by field and device
         self._waiting: list[Entry] = []
+        self._remaining = 0
         self._since_s = time.monotonic()
 
     @classmethod
@@ -313,6 +316,7 @@ class FolderStore:
             remaining: rows that are still to come.
         """
         self._waiting += entries
+        self._remaining = remaining
         if not remaining:
             return self.flush()
         if self._to_fit() and not self._enough_to_fit():
@@ -358,13 +362,14 @@ class FolderStore:
         if not names:
             return
         rows = self._waiting[:MOST_FIT_ROWS]
-        side_bytes = sum(len(row.side.to_bytes()) for row in rows) / len(rows)
+        side_bytes = sum(len(row.side.to_bytes()) for row in rows) / len(rows) + ROW_BYTES
         sizes = {name: sum(row.fields[name].numel() for row in rows) / len(rows) for name in rows[0].fields}
         for name in names:
             tokens = [row.fields[name] for row in rows]
             n_tokens, width = sum(map(len, tokens)) / len(rows), tokens[0].shape[1]
             others = side_bytes * sizes[name] / sum(sizes[other] for other in names)  # shared out by size
-            rank = affordable_rank(width, n_tokens, others, share=FP16_SHARE)
+            rows_of_all = max(len(self._waiting) + self._remaining, LEAST_ROWS)
+            rank = affordable_rank(width, n_tokens, others, share=FP16_SHARE, rows=rows_of_all)
             fitted = fit_low_rank(tokens, rank)
             self._codecs[name] = fitted
             self._save(self._basis(name), {"mean": fitted.mean_D, "up": fitted.up_RD}, {"rows": str(len(rows))})

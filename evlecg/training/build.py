@@ -95,7 +95,10 @@ def build(
         if not always_estimate and size < ESTIMATE_FROM and size * PLENTY_BYTES < free:
             return None
         batch = batches_of(packed)(longest_samples(samples, train.batch_size))
-        found = step_memory(recipe, batch, *checkpoints, device=accelerator.device, n_samples=len(samples))
+        found = step_memory(
+            recipe, batch, *checkpoints, device=accelerator.device, n_samples=len(samples),
+            cached=cache is not None and cache.complete(packed),
+        )  # fmt: skip
         verdict = Verdict(found, free, str(accelerator.device))
         verdict.check(force=force)
         return verdict

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # but for the config and the weights' index
 WEIGHTS = "weights.json"  # in the folder: what was hashed, so that no run has to do it again
 VOLATILE = ("_name_or_path", "transformers_version")  # of a config: where it lies and who wrote it
+SPARE = 1.25  # a run of few steps reads on where a loss was not finite
+MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
 HEAD_TOLERANCE = 1e-3  # of the largest logit: what a head may differ by from the model's own
 
 
@@ -66,7 +69,6 @@ class TeacherCache:
     expected_s: float = 0.0
     head: Any = None
     _keys: dict[bool, list[tuple[str, ...]]] = field(default_factory=dict)
-    _left_out: int = 0
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -78,9 +80,13 @@ class TeacherCache:
         return tuple(name for need, names in table.items() if need in self.needs for name in names)
 
     def keys(self, packed: bool) -> list[tuple[str, ...]]:
-        """Of every sample, the keys of its rows."""
+        """The keys of every sample's rows; of those that a short run does not come to, none."""
         if packed not in self._keys:
-            self._keys[packed] = [row_keys(self.prepared, sample, packed) for sample in self.samples]
+            read = self._read()
+            self._keys[packed] = [
+                row_keys(self.prepared, sample, packed) if read is None or place in read else ()
+                for place, sample in enumerate(self.samples)
+            ]
         return self._keys[packed]
 
     def complete(self, packed: bool) -> bool:
@@ -206,27 +212,24 @@ class TeacherCache:
             [int(index) for index in batch if any(self.store.lacks(key, self.fields) for key in keys[int(index)])]
             for batch in batches
         ]
-        if recipe.train.max_steps is not None or self.rehearsal:  # what such a run reads may be a small part
-            steps = min(recipe.train.max_steps or REHEARSED_STEPS, REHEARSED_STEPS if self.rehearsal else 10**12)
-            read = self._read_in(steps * recipe.train.accumulation)
-            kept = [[index for index in batch if index in read] for batch in left]
-            self._left_out = sum(map(len, left)) - sum(map(len, kept)) if self.rehearsal else 0
-            left = kept
         return [batch for batch in left if batch]
 
-    def _read_in(self, n_batches: int) -> set[int]:
-        """Samples of a run's first batches, on any number of processes."""
+    def _read(self) -> set[int] | None:
+        """Samples that a run of few steps, or a dry run, comes to; None: all."""
         from accelerate import PartialState
 
         from evlecg.models.batch import epoch_batches
 
-        train, found, epoch = self.recipe.train, set(), 0
-        size = train.batch_size * PartialState().num_processes
-        while n_batches > 0 and epoch < train.epochs:
-            batches = epoch_batches(len(self.samples), size, seed=self.recipe.seed, epoch=epoch)[:n_batches]
+        train, found, epoch = self.recipe.train, set(range(min(PROBE_RECORDS, len(self.samples)))), 0
+        if train.max_steps is None and not self.rehearsal:
+            return None
+        steps = REHEARSED_STEPS if self.rehearsal else math.ceil(SPARE * (train.max_steps or 0)) + MOST_BAD_STEPS
+        left, size = steps * train.accumulation, train.batch_size * PartialState().num_processes
+        while left > 0 and epoch < train.epochs:
+            batches = epoch_batches(len(self.samples), size, seed=self.recipe.seed, epoch=epoch)[:left]
             found |= {int(index) for batch in batches for index in batch}
-            n_batches, epoch = n_batches - len(batches), epoch + 1
-        return found | set(range(min(PROBE_RECORDS, len(self.samples))))
+            left, epoch = left - len(batches), epoch + 1
+        return found
 
     def _fill_batches(
         self, live: LiveTeacher, builder: BatchBuilder, batches: list[list[int]], accelerator: Any, *,
@@ -266,7 +269,8 @@ class TeacherCache:
                 advance(len(batch))
         self.store.flush()
         if self.rehearsal:
-            self.expected_s = (time.monotonic() - begun_s) / sum(map(len, batches)) * self._left_out
+            done = sum(map(len, batches))
+            self.expected_s = (time.monotonic() - begun_s) / done * (len(self.samples) - done)
 
     def read_by(self, builder: BatchBuilder, checkpoint: models.Checkpoint) -> tuple[BatchBuilder, StoredTeacher, Any]:
         """A run's builder, signal and teacher's head (None where nobody reads it), all out of the store."""
@@ -385,7 +389,7 @@ def check_prompts(store: FolderStore, samples: Sequence[Sample], keys: Sequence[
     for key in store.keys:
         held.setdefault(key.split(".")[0], set()).add(key)
     for sample, wanted in zip(samples, keys, strict=True):
-        there = held.get(wanted[0].split(".")[0], set())
+        there = held.get(wanted[0].split(".")[0], set()) if wanted else set()
         if not there or set(wanted) <= there:
             continue
         new = next(key for key in wanted if key not in there).split(".")

@@ -210,6 +210,6 @@ def test_a_teacher_out_of_the_cache_takes_no_memory(checkpoints, synthetic):
     live = step_memory(chosen, batch, small, large)
     cached = step_memory(chosen, batch, small, large, cached=True)
     assert not cached.why_unknown and cached.teacher is None and live.teacher is not None
-    assert cached.at_least == live.at_least - live.teacher.weights
+    assert live.at_least - cached.at_least == pytest.approx(live.teacher.weights, rel=0.01)  # and its few buffers
     assert cached.peak < live.peak - live.teacher.weights / 2
     assert cached.losses > 0 and len(cached.rows) == 1

@@ -200,7 +200,7 @@ def build(
     if cache is not None:
         if signal is not None and teacher is not None:
             cache.fill(signal, teacher, builder, checks.get("teacher", {}), accelerator)
-        builder, signal, teacher_head = cache.read_by(builder, checkpoints[1])
+        builder, signal, teacher_head = cache.read_by(builder, checkpoints[1], accelerator.device)
         teacher = None  # it has said all that it is asked
         checks["teacher_cache"] = cache.told()
     return Job(

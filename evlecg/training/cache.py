@@ -272,18 +272,26 @@ class TeacherCache:
             done = sum(map(len, batches))
             self.expected_s = (time.monotonic() - begun_s) / done * (len(self.samples) - done)
 
-    def read_by(self, builder: BatchBuilder, checkpoint: models.Checkpoint) -> tuple[BatchBuilder, StoredTeacher, Any]:
-        """A run's builder, signal and teacher's head (None where nobody reads it), all out of the store."""
+    def read_by(
+        self, builder: BatchBuilder, checkpoint: models.Checkpoint, device: Any
+    ) -> tuple[BatchBuilder, StoredTeacher, Any]:
+        """A run's builder, signal and teacher's head (None where nobody reads it), all out of the store.
+
+        Args:
+            builder: of the run.
+            checkpoint: the teacher's.
+            device: where the head is to be.
+        """
         from evlecg.teacher import StoredSides, StoredTeacher
 
         assert self.facts is not None
         sides = StoredSides(self.store, self.keys(builder.packed), self.facts)
-        head = self._head(checkpoint) if needs_head(self.needs) else None
+        head = self._head(checkpoint, device) if needs_head(self.needs) else None
         signal = StoredTeacher(self.store, self.fields, self.facts, head)
         stored = dataclasses.replace(builder, teacher=None, stored=sides)
         return stored, signal, head if "heads" in self.needs else None
 
-    def _head(self, checkpoint: models.Checkpoint) -> Any:
+    def _head(self, checkpoint: models.Checkpoint, device: Any) -> Any:
         from evlecg.models.outputs import AnswerHead
         from evlecg.teacher import FolderStore
 
@@ -293,7 +301,7 @@ class TeacherCache:
         head = AnswerHead(models.shapes(checkpoint, dtype=self.recipe.train.teacher_dtype))
         for name, module in head.parts.items():
             if self.store.has_head(name):
-                _fill_module(module, self.store.head(name))
+                _fill_module(module, self.store.head(name), device)
         return head.requires_grad_(False)
 
 
@@ -528,11 +536,12 @@ def _named(module: Any) -> Iterator[tuple[str, Any]]:
     yield from module.named_buffers()  # those that are not saved with a model, too
 
 
-def _fill_module(module: Any, tensors: dict[str, Any]) -> None:
-    """Gives a module without weights those that it had."""
+def _fill_module(module: Any, tensors: dict[str, Any], device: Any) -> None:
+    """Gives a module without weights those that it had, on a device."""
     from torch import nn
 
-    for name, tensor in tensors.items():
+    for name, stored in tensors.items():
+        tensor = stored.to(device)
         path, _, last = name.rpartition(".")
         part = module.get_submodule(path)
         if last in part._parameters:

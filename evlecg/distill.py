@@ -24,9 +24,11 @@ from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.report import environment
 from evlecg.training.build import build, opened
-from evlecg.training.cache import MOST_BAD_STEPS, REHEARSED_STEPS
+from evlecg.training.cache import REHEARSED_STEPS
 from evlecg.training.look import draw_figures, keep_spectra
 from evlecg.training.step import Job, Position, grouped, loader, step, weak_terms
+
+MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class DryRun:
         checks: the start-up checks, memory included.
         total_steps: optimizer steps of the whole run.
         step_s: median seconds of a measured step, without the first.
-        teacher_s: seconds that the teacher takes for what a cache (or memory) has to be given before the first step.
-        start_s: seconds until the first step, without those.
+        teacher_s: seconds that the teacher takes to fill a cache (or memory), beyond what was rehearsed of it.
+        start_s: seconds until the first step.
         estimated_s: seconds of the whole training; reports, control and export come on top.
     """
 

@@ -40,7 +40,7 @@ PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # but for the confi
 WEIGHTS = "weights.json"  # in the folder: what was hashed, so that no run has to do it again
 VOLATILE = ("_name_or_path", "transformers_version")  # of a config: where it lies and who wrote it
 SPARE = 1.25  # a run of few steps reads on where a loss was not finite
-MOST_BAD_STEPS = 5  # consecutive non-finite losses that end a run
+SPARE_STEPS = 5
 HEAD_TOLERANCE = 1e-3  # of the largest logit: what a head may differ by from the model's own
 
 
@@ -223,7 +223,7 @@ class TeacherCache:
         train, found, epoch = self.recipe.train, set(range(min(PROBE_RECORDS, len(self.samples)))), 0
         if train.max_steps is None and not self.rehearsal:
             return None
-        steps = REHEARSED_STEPS if self.rehearsal else math.ceil(SPARE * (train.max_steps or 0)) + MOST_BAD_STEPS
+        steps = REHEARSED_STEPS if self.rehearsal else math.ceil(SPARE * (train.max_steps or 0)) + SPARE_STEPS
         left, size = steps * train.accumulation, train.batch_size * PartialState().num_processes
         while left > 0 and epoch < train.epochs:
             batches = epoch_batches(len(self.samples), size, seed=self.recipe.seed, epoch=epoch)[:left]

@@ -151,9 +151,9 @@ def test_fields_may_come_later(tmp_path):
 
 def test_a_store_travels_to_another_process_with_the_shards_that_it_knew(tmp_path):
     store = filled(tmp_path / "c", "int8", n=2)
-    there = pickle.loads(pickle.dumps(store))
-    other = FolderStore.open(tmp_path / "c", MADE_WITH, "int8")
-    other.add([entry(7)])
+    sent = pickle.dumps(store)
+    FolderStore.open(tmp_path / "c", MADE_WITH, "int8").add([entry(7)])
+    there = pickle.loads(sent)
     assert there.lacks("r7.q.a.1", []) and not there.lacks("r1.q.a.1", ["hidden"])
     there.rescan()
     assert not there.lacks("r7.q.a.1", ["hidden"])

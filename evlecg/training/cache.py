@@ -113,7 +113,7 @@ class TeacherCache:
         """Waits while another process fills the folder, and takes in what it wrote."""
         from evlecg.teacher import FolderStore
 
-        if isinstance(self.store, FolderStore) and not self.rehearsal:
+        if isinstance(self.store, FolderStore) and not self.rehearsal and self.store.path.exists():
             with self._turn():
                 self._reopen()
 

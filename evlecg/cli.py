@@ -82,6 +82,7 @@ def _root(
 @app.command(
     epilog="Examples: evlecg prepare --list · "
     "evlecg prepare --dataset ptbxl --source ~/ptb-xl/1.0.3 --out data/ptbxl · "
+    "evlecg prepare --teacher X --dataset data/ptbxl --out caches/x-ptbxl (teacher cache) · "
     "evlecg prepare --dataset ecgqa --source ecg-qa --signals ptb-xl=~/ptb-xl/1.0.3 --out data/ecgqa · "
     "accelerate launch --num_processes 8 -m evlecg.cli prepare --dataset mimic-iv-ecg --source DIR --out data/mimic",
 )
@@ -112,6 +113,16 @@ def prepare(
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any record is rejected.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show the datasets: size, access, licence, citation.")] = False,
     list_labels: Annotated[bool, typer.Option("--list-labels", help="Show the label sets and equivalences.")] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="Run this teacher on a prepared --dataset; --out becomes its cache for distill.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="With --teacher: recipe of the runs that will read it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --teacher: any recipe key, repeatable.")
+    ] = None,
+    compression: Annotated[
+        str | None, typer.Option(help="With --teacher: none, bf16, int8 or low_rank (a quarter of fp16).")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -119,7 +130,8 @@ def prepare(
 ) -> None:
     """Turn a dataset as published into a checked, patient-disjoint, memory-mapped folder.
 
-    An interrupted command goes on where it stopped when it is repeated; a finished one does nothing.
+    With --teacher, run a teacher once on a prepared folder and keep what the losses read of it. An interrupted command
+    goes on where it stopped when it is repeated; a finished one does nothing.
     """
     if list_ or list_labels:
         return _print_catalogue(list_labels, as_json)
@@ -127,6 +139,9 @@ def prepare(
         missing = "--dataset" if dataset is None else "--out"
         hint = "evlecg prepare --dataset NAME --source DIR --out DIR; --list shows the names"
         raise EvlecgError("prepare needs a dataset and a folder to write", where=missing, hint=hint)
+    if teacher is not None:
+        given = {"teacher": teacher, "data.dir": dataset, "cache.dir": str(out), "cache.compression": compression}
+        return _cache_teacher(recipe, given, set_ or [], as_json, _progress(quiet, verbose))
     from evlecg.prepare import prepare as job
 
     counts = {"train": train, "val": val, "test": test}
@@ -157,6 +172,7 @@ def prepare(
 @app.command(
     epilog="Examples: evlecg distill (the quickstart) · "
     "evlecg distill --teacher X --student Y --data data/ptbxl --out runs/mine · "
+    "evlecg distill --teacher X --student Y --data data/ptbxl --cache caches/x-ptbxl (the teacher runs once) · "
     "evlecg distill --teacher none --student Y --set train.lr=1e-4 (plain fine-tuning) · "
     "evlecg distill --recipe R --out runs/mine --set evaluate.every=200 --set evaluate.patience=5 · "
     "evlecg distill --out runs/mine --resume · "
@@ -192,6 +208,9 @@ def distill(
     student_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = None,
     teacher_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = None,
     teacher_bits: Annotated[int | None, typer.Option(help="8 or 4: quantise the teacher while it loads.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Teacher cache: filled where it lacks something, the teacher is run once.")
+    ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank (with the projector).")] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -226,6 +245,7 @@ def distill(
         "teacher": teacher, "student": student, "data.dir": data, "method": method, "seed": seed,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
         "train.dtype": student_dtype, "train.teacher_dtype": teacher_dtype, "train.teacher_bits": teacher_bits,
+        "cache.dir": None if cache is None else str(cache),
         "lora.rank": lora_rank, "trust_remote_code": trust_remote_code or None, "allow_pickle": allow_pickle or None,
         "checkpoint.keep_last": keep_last, "track": track or None,
     }  # fmt: skip
@@ -271,6 +291,27 @@ def distill(
     typer.echo(f"run: {out} ({result.run.steps} steps, {result.run.seconds:.0f} s)")
     if result.exported is not None:
         typer.echo(f"student: {result.exported.weights}")
+
+
+def _cache_teacher(
+    recipe: str | None, given: dict[str, Any], sets: list[str], as_json: bool, progress: Progress
+) -> None:
+    from evlecg.recipe import load_recipe, parse_set
+
+    resolved = load_recipe(recipe, given | parse_set(sets))
+    from evlecg.caching import cache_teacher
+    from evlecg.pipeline import training_data
+
+    result = cache_teacher(resolved, data=training_data(resolved, progress), progress=progress)
+    if launch.rank():
+        return
+    if as_json:
+        return _print_json(result.to_dict())
+    held = result.contents
+    typer.echo(f"{result.cache}: {held['rows']} rows of {held['records']} records, {held['bytes'] / 2**20:.1f} MiB "
+               f"({held['share_of_fp16']:.3f} of fp16)")  # fmt: skip
+    for name, told in held["fields"].items():
+        typer.echo(f"  {name}: {told['bytes'] / 2**20:.1f} MiB, relative error {told['relative_error']:.2%}")
 
 
 def _run_study(name: str, out: Path | None, workers: int, as_json: bool, progress: Progress) -> None:

@@ -22,13 +22,12 @@ from evlecg.progress import Progress
 from evlecg.recipe import Recipe, check_resumed, load_recipe
 from evlecg.training import checkpoint
 from evlecg.training.build import build, opened
+from evlecg.training.cache import REHEARSED_STEPS
 from evlecg.training.guards import StopRequest, check_teacher, failures_told, stop_requests
 from evlecg.training.look import draw_figures, keep_spectra
 from evlecg.training.record import save_student, write_provenance
 from evlecg.training.step import Job, Position, batches_of, grouped, loader, step, weak_terms
 from evlecg.training.track import Tracking, tracking
-
-REHEARSED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class DryRun:
         checks: the start-up checks, memory included.
         total_steps: optimizer steps of the whole run.
         step_s: median seconds of a measured step, without the first.
-        later_step_s: the same once `train.remember_teacher` answers from memory; `step_s` without it.
+        teacher_s: seconds that the teacher takes to fill a cache (or memory), beyond what was rehearsed of it.
         start_s: seconds until the first step.
         evaluations: on validation records, in the whole run.
         evaluation_s: seconds of one, from its first batch.
@@ -145,7 +144,7 @@ class DryRun:
     checks: dict[str, Any]
     total_steps: int
     step_s: float
-    later_step_s: float
+    teacher_s: float
     start_s: float
     evaluations: int
     evaluation_s: float
@@ -170,25 +169,19 @@ def rehearse(recipe: Recipe, *, data: Path, force: bool = False, progress: Progr
     prepared, samples, labels = opened(recipe, data)
     job = build(recipe, prepared, samples, labels, progress, force=force, always_estimate=True)
     start_s = time.monotonic() - begun_s
-    first, later = _timed_steps(job)
-    remembers = recipe.needs_teacher and recipe.train.remember_teacher
-    if remembers:
-        _, later = _timed_steps(job)  # the same records again
-    epoch = math.ceil(job.total_steps / recipe.train.epochs) if remembers else job.total_steps
-    epoch = min(epoch, job.total_steps)
-    step_s = first if remembers else later
+    step_s = _timed_steps(job)
     evaluations, evaluation_s = 0, 0.0
     if job.validation is not None:
         evaluations = math.ceil(job.total_steps / recipe.evaluate.every)
         begun_s = time.monotonic()
         job.validation(progress, stopped=lambda: True)  # after its first batch
         evaluation_s = (time.monotonic() - begun_s) * job.validation.n_batches
-    estimated_s = start_s + epoch * step_s + (job.total_steps - epoch) * later + evaluations * evaluation_s
-    return DryRun(job.checks, job.total_steps, step_s, later, start_s, evaluations, evaluation_s, estimated_s)
+    estimated_s = start_s + job.teacher_s + job.total_steps * step_s + evaluations * evaluation_s
+    return DryRun(job.checks, job.total_steps, step_s, job.teacher_s, start_s, evaluations, evaluation_s, estimated_s)
 
 
-def _timed_steps(job: Job) -> tuple[float, float]:
-    """Takes `REHEARSED_STEPS` steps, loading included; the median seconds of those after the first, twice over.
+def _timed_steps(job: Job) -> float:
+    """Takes `REHEARSED_STEPS` steps, loading included; the median seconds of those after the first.
 
     The first of a process also pays for allocators and kernels; a run of one step has no other.
     """
@@ -204,8 +197,7 @@ def _timed_steps(job: Job) -> tuple[float, float]:
             raise RunFailed("the loss of a first step is not finite", where=recipe.name, hint="lower train.lr")
         taken_s.append(time.monotonic() - begun_s)
         begun_s = time.monotonic()
-    seconds = statistics.median(taken_s[1:] or taken_s)
-    return seconds, seconds
+    return statistics.median(taken_s[1:] or taken_s)
 
 
 def _loop(job: Job, state: Position, out: Path, progress: Progress) -> dict[str, Any]:

@@ -144,6 +144,36 @@ def _locked(lock: Path, shown: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+@contextmanager
+def waiting_lock(lock: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock that processes take in turns; the system drops it when a process ends, however it ends.
+
+    Args:
+        lock: the file; it stays, or a process that waits for the old one and one that makes a new one would both hold.
+        on_wait: called once where another process holds it.
+
+    Raises:
+        EvlecgError: the file cannot be made.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise EvlecgError(f"a folder cannot be written to: {error.strerror or error}", where=lock.parent) from error
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: see `_locked`
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read a piece at a time.
 

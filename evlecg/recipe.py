@@ -172,7 +172,7 @@ class TrainConfig:
         choices=("auto", "always", "never"),
     )
     remember_teacher: bool = _key(
-        False, "run the teacher once a record and keep its outputs in memory (equal to rounding, not to the bit)"
+        False, "run the teacher once a record and keep its outputs in memory: a cache that ends with the run"
     )
     workers: int = _key(0, "loader processes", low=0)
     bucket: int = _key(
@@ -331,6 +331,21 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """The teacher cache: a folder that holds what the losses read of a teacher, which then runs once for all runs."""
+
+    dir: str | None = _key(None, "folder of the cache; null: none. Runs that share it may run at the same time")
+    compression: str = _key(
+        "low_rank",
+        "none (as computed), bf16, int8 (a scale a token), low_rank (principal directions as int8: a quarter of fp16)",
+        choices=("none", "bf16", "int8", "low_rank"),
+    )
+    several_prompts: bool = _key(
+        False, "a record may be held with several sets of questions; false: other questions than held are an error"
+    )
+
+
+@dataclass(frozen=True)
 class FinishConfig:
     """What happens once the student is trained."""
 
@@ -372,6 +387,7 @@ class Recipe:
     track: tuple[str, ...] = _key(
         (), "trackers that follow the run, by accelerate's names: tensorboard, wandb, mlflow, ..."
     )
+    cache: CacheConfig = _section(CacheConfig)
     finish: FinishConfig = _section(FinishConfig)
 
     @property

@@ -140,6 +140,7 @@ class Side:
             through the cells only.
         answer_label_A: int, for each answer of a classifier the row of its head that decides it, -1 where it has
             none; None for models that answer in words.
+        row_keys: of a half that was read from a teacher cache, what each row is stored under.
     """
 
     inputs: dict[str, Tensor]
@@ -154,6 +155,7 @@ class Side:
     cell_box_BC4: Tensor
     frame: str = "page"
     answer_label_A: Tensor | None = None
+    row_keys: tuple[str, ...] = ()
 
     def with_answers(self, rows_R: Tensor | slice) -> Side:
         """The same half with some of its answer tokens only."""

@@ -194,10 +194,10 @@ def test_a_dry_run_tells_and_leaves_nothing(checkpoints, synthetic, tmp_path, mo
     told = json.loads(shown.out)
     assert told["total_steps"] == 12 and told["checks"]["memory"]["fits"]
     assert told["checks"]["teacher"]["dtype"] == "bfloat16" and told["checks"]["student"]["trained"] < 10_000
-    assert told["later_step_s"] > 0 and told["estimated_s"] > told["start_s"] > 0
+    assert told["teacher_s"] > 0 and told["estimated_s"] > told["start_s"] > 0
     assert told["evaluations"] == 3 and told["evaluation_s"] > 0
-    steps_s = 6 * told["step_s"] + 6 * told["later_step_s"]
-    assert told["estimated_s"] == pytest.approx(told["start_s"] + steps_s + 3 * told["evaluation_s"])
+    steps_s = 12 * told["step_s"] + 3 * told["evaluation_s"]
+    assert told["estimated_s"] == pytest.approx(told["start_s"] + told["teacher_s"] + steps_s)
     assert "memory of a training step" in shown.err and "start-up checks" in shown.err
     assert list(tmp_path.iterdir()) == [] and sorted(str(file) for file in synthetic.rglob("*")) == before
 

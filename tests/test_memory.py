@@ -205,3 +205,15 @@ def test_estimates_leave_the_draws_of_a_run_alone(checkpoints, synthetic):
     torch.manual_seed(0)
     step_memory(dataclasses.replace(chosen, seed=5), batch, small, large)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_teacher_out_of_the_cache_takes_no_memory(checkpoints, synthetic):
+    keys = ("objective.lambda_m=0.3", "objective.lambda_ot=0.5")
+    chosen = recipe(checkpoints, *keys, student="llava", teacher="idefics3")
+    (small, large), batch = opened(chosen, synthetic)
+    live = step_memory(chosen, batch, small, large)
+    cached = step_memory(chosen, batch, small, large, cached=True)
+    assert not cached.why_unknown and cached.teacher is None and live.teacher is not None
+    assert live.at_least - cached.at_least == pytest.approx(live.teacher.weights, rel=0.01)  # and its few buffers
+    assert cached.peak < live.peak - live.teacher.weights / 2
+    assert cached.losses > 0 and len(cached.rows) == 1

@@ -121,13 +121,8 @@ class EvlObjective(nn.Module):
             raise EvlecgError(f"alpha is a share, not {config.alpha}", where="objective.alpha", hint="0 to 1")
         self.config = config
         _check_transport(config)
-        relations = config.strict or config.relation.distance > 0 or config.relation.cosine > 0
-        self.uses_alignment = config.alpha * config.lambda_m > 0
-        self.uses_relation = config.alpha * config.lambda_r > 0 and relations
-        self.uses_transport = config.alpha * config.lambda_ot > 0
-        among = config.records.distance > 0 or config.records.cosine > 0
-        rec = 0.0 if config.strict or not among else config.alpha * config.lambda_rec
-        self.uses_answers, self.uses_places = rec * config.records.answers > 0, rec * config.records.visual > 0
+        self.uses_alignment, self.uses_relation, self.uses_transport = _terms_used(config)
+        self.uses_answers, self.uses_places = _records_used(config)
         self.relates_aligned = self.uses_relation and (config.strict or config.relation.source == "aligned")
         if self.relates_aligned and not self.uses_alignment and not config.strict:
             raise EvlecgError(
@@ -171,22 +166,7 @@ class EvlObjective(nn.Module):
     @property
     def needs(self) -> frozenset[str]:
         """What it reads: `teacher`, and of both models `hidden`, `visual` (a layer) or `projected` tokens."""
-        found = set()
-        if self.aligner_used:
-            found.add("hidden")
-        if self.uses_transport:
-            found.add(_FEATURES[self.config.transport.features])
-        if self.uses_relation and not self.config.strict:
-            found.add(_FEATURES[self.config.relation.features])
-        if self.uses_answers:
-            found.add("hidden")
-        if self.uses_places:
-            found.add(_FEATURES[self.config.records.features])
-        return frozenset(found | {"teacher"}) if found else frozenset()
-
-    @property
-    def aligner_used(self) -> bool:
-        return self.uses_alignment or self.relates_aligned
+        return _evl_needs(self.config)
 
     def forward(
         self,
@@ -432,6 +412,49 @@ METHODS: dict[str, type[EvlObjective | CeObjective | Baseline]] = {
     "seqkd": CeObjective,  # on the teacher's answers, which the job asks for before the first step
     **BASELINES,
 }
+
+
+def needs_of(method: str, config: ObjectiveConfig) -> frozenset[str]:
+    """What a method reads of both models, known before either is."""
+    kind = METHODS[method]
+    if issubclass(kind, Baseline):
+        return kind.reads
+    return _evl_needs(config) if issubclass(kind, EvlObjective) else frozenset()
+
+
+def _terms_used(config: ObjectiveConfig) -> tuple[bool, bool, bool]:
+    """Whether alignment, relation and transport weigh anything."""
+    relations = config.strict or config.relation.distance > 0 or config.relation.cosine > 0
+    return (
+        config.alpha * config.lambda_m > 0,
+        config.alpha * config.lambda_r > 0 and relations,
+        config.alpha * config.lambda_ot > 0,
+    )
+
+
+def _records_used(config: ObjectiveConfig) -> tuple[bool, bool]:
+    """Whether relations among records weigh anything: at the same question, at the same place."""
+    among = config.records.distance > 0 or config.records.cosine > 0
+    weight = 0.0 if config.strict or not among else config.alpha * config.lambda_rec
+    return weight * config.records.answers > 0, weight * config.records.visual > 0
+
+
+def _evl_needs(config: ObjectiveConfig) -> frozenset[str]:
+    alignment, relation, transport = _terms_used(config)
+    answers, places = _records_used(config)
+    found = set()
+    if alignment or (relation and (config.strict or config.relation.source == "aligned")):
+        found.add("hidden")
+    if transport:
+        found.add(_FEATURES[config.transport.features])
+    if relation and not config.strict:
+        found.add(_FEATURES[config.relation.features])
+    if answers:
+        found.add("hidden")
+    if places:
+        found.add(_FEATURES[config.records.features])
+    return frozenset(found | {"teacher"}) if found else frozenset()
+
 
 _FEATURES = {"last": "visual", "projected": "projected"}  # recipe's word -> what a model must offer
 

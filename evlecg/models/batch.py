@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,11 @@ def text_length(sample: Sample) -> int:
         for text in (question.text, question.answer, *(said for pair in question.history for said in pair))
     )
     return sum(math.ceil(len(text.encode()) / BYTES_PER_TOKEN) for text in texts)
+
+
+def text_lengths(samples: Sequence[Sample], bucket: int) -> tuple[int, ...] | None:
+    """What `epoch_batches` cuts batches by: `text_length` of every sample; None where nothing is sorted."""
+    return tuple(map(text_length, samples)) if bucket > 1 else None
 
 
 def epoch_batches(
@@ -87,6 +92,19 @@ def epoch_batches(
     return [batch[process::processes] for batch in batches]
 
 
+class StoredHalves(Protocol):
+    """Teacher's halves that need no page: those of a teacher cache."""
+
+    @property
+    def window_s(self) -> float | None:
+        """Of the signals that the teacher reads; None for pages."""
+        ...
+
+    def __call__(self, indices: Sequence[int]) -> tuple[Side, list[Any]]:
+        """The half of some samples, and the layouts of its rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class BatchBuilder:
     """Draws pages and encodes both halves: `builder(indices) -> Batch`, usable as a loader's collate function.
@@ -99,6 +117,7 @@ class BatchBuilder:
         packed: all questions of a page in one row; otherwise one row a question.
         augment: what disturbs the pages; None draws them clean.
         epoch: the pass over the data that it is for: a page is disturbed anew in each.
+        stored: gives the teacher's half, where no encoder does.
     """
 
     prepared: Prepared
@@ -109,6 +128,7 @@ class BatchBuilder:
     packed: bool
     augment: Augmenter | None = None
     epoch: int = 0
+    stored: StoredHalves | None = None
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         if not len(indices):  # this process has no share of the step, but must take it with the others
@@ -119,11 +139,14 @@ class BatchBuilder:
         views = [view_of(self.student)] + ([view_of(self.teacher)] if self.teacher is not None and shared else [])
         drawn = [self._draw(sample, views, self.augment) for sample in chosen]
         student, layouts = self._side(self.student, [views[0] for views in drawn], turns)
-        teacher, teacher_layouts = None, []
-        if self.teacher is not None:
+        teacher, teacher_layouts, teacher_s = None, [], None
+        if self.stored is not None:
+            (teacher, teacher_layouts), teacher_s = self.stored(indices), self.stored.window_s
+        elif self.teacher is not None:
             if not shared:
                 drawn = [self._draw(sample, [view_of(self.teacher)], None) for sample in chosen]
             teacher, teacher_layouts = self._side(self.teacher, [views[-1] for views in drawn], turns)
+            teacher_s = _window_s(self.teacher)
         # a page's cells, then a trace's: a page shows most leads for a few seconds only, a signal for all of them
         if student.frame == "trace":
             layouts = [*teacher_layouts, *layouts]
@@ -135,12 +158,20 @@ class BatchBuilder:
             record_B=torch.tensor(
                 [row for row, asked in enumerate(turns) for _ in (asked[:1] if self.packed else asked)]
             ),
-            student=_with_cells(student, self.student, lead_C, time_C2),
-            teacher=_with_cells(teacher, self.teacher, lead_C, time_C2),
+            student=_with_cells(student, _window_s(self.student), lead_C, time_C2),
+            teacher=_with_cells(teacher, teacher_s, lead_C, time_C2) if teacher is not None else None,
             cell_lead_C=torch.from_numpy(lead_C),
             cell_time_C2=torch.from_numpy(time_C2),
             asked_Q=_asked(turns),
         )
+
+    def teacher_half(self, indices: Sequence[int]) -> tuple[Side, list[PageLayout | TraceLayout]]:
+        """The teacher's half of some samples on clean pages, with its own cells, and the layouts of its rows."""
+        assert self.teacher is not None
+        chosen = [self.samples[int(index)] for index in indices]
+        turns = [[Turn.of(question) for question in sample.questions] for sample in chosen]
+        drawn = [self._draw(sample, [view_of(self.teacher)], None)[0] for sample in chosen]
+        return self._side(self.teacher, drawn, turns)
 
     def _draw(self, sample: Sample, views: Sequence[View], augment: Augmenter | None) -> list[Page | Trace]:
         return draw_views(self.prepared, sample.record_index, views, self.style, augment=augment, epoch=self.epoch)
@@ -161,12 +192,15 @@ def _asked(turns: Sequence[Sequence[Turn]]) -> torch.Tensor:
     return torch.tensor([numbers.setdefault(words, len(numbers)) for words in asked], dtype=torch.long)
 
 
-def _with_cells(side: Any, encoder: AnyEncoder | None, lead_C: np.ndarray, time_C2: np.ndarray) -> Any:
+def _window_s(encoder: AnyEncoder) -> float | None:
+    """Seconds of signal that a model reads; None for pages."""
+    return encoder.form.window_s if isinstance(encoder, ClassifierEncoder) and encoder.form is not None else None
+
+
+def _with_cells(side: Side, window_s: float | None, lead_C: np.ndarray, time_C2: np.ndarray) -> Side:
     """A half with boxes for all of the batch's cells: a page has none for those of a trace, behind its own."""
-    if side is None:
-        return None
-    if isinstance(encoder, ClassifierEncoder) and encoder.form is not None:
-        boxes_C4 = torch.from_numpy(TraceLayout(encoder.form.window_s).boxes(lead_C, time_C2))
+    if window_s is not None:
+        boxes_C4 = torch.from_numpy(TraceLayout(window_s).boxes(lead_C, time_C2))
         return dataclasses.replace(side, cell_box_BC4=boxes_C4.expand(len(side.valid_BS), -1, -1).contiguous())
     missing = len(lead_C) - side.cell_box_BC4.shape[1]
     return dataclasses.replace(side, cell_box_BC4=pad(side.cell_box_BC4, (0, 0, 0, missing))) if missing else side

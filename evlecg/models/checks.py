@@ -117,6 +117,7 @@ def startup_checks(
     progress: Progress,
     *,
     lengths: Sequence[tuple[int, int | None]],
+    first: str = "student",
 ) -> tuple[bool, dict[str, Any]]:
     """What must hold before a step is worth taking, shown as one table.
 
@@ -130,6 +131,7 @@ def startup_checks(
         student, teacher: in memory.
         progress: who listens.
         lengths: from `check_lengths`.
+        first: what `student` is: a teacher may be looked at alone.
 
     Returns:
         (whether questions are packed, all findings for run.json).
@@ -143,7 +145,7 @@ def startup_checks(
     example = max(short, key=lambda turn: len(turn.answer), default=turns[0])
     packed = recipe.train.packing != "never" and len(turns) > 1
     checks: dict[str, Any] = {"packed": packed}
-    sides = [("student", student, unpacked.student)]
+    sides = [(first, student, unpacked.student)]
     if teacher is not None and unpacked.teacher is not None:
         sides.append(("teacher", teacher, unpacked.teacher))
     ends: list[list[int]] = []
@@ -202,7 +204,7 @@ def startup_checks(
         checks["tokenizers"] = {"kind": match.kind, "shared": match.shared, "note": match.note}
         checks["answer_groups"] = groups
     _show(checks, [role for role, *_ in sides], progress)
-    if student.model.dtype in (torch.bfloat16, torch.float16) and not recipe.lora.rank:
+    if first == "student" and student.model.dtype in (torch.bfloat16, torch.float16) and not recipe.lora.rank:
         progress.warn(
             f"the student is trained in {student.model.dtype}: steps of under a few thousandths of a weight are lost; "
             "train.dtype=float32 with train.mixed_precision=bf16 keeps them"

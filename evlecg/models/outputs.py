@@ -171,6 +171,11 @@ class AnswerHead(nn.Module):
         self.text = loaded.checkpoint.config.get_text_config()
         self._words = (loaded.model.get_input_embeddings(),)  # in a tuple: read, but no part of this module
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """`head`, and of models that answer in words `words`, their embeddings."""
+        return {"head": self.head} | ({} if self.classifies else {"words": self._words[0]})
+
     def forward(self, states_AD: Tensor, side: Side) -> Tensor:
         """Logits [A,V] of the tokens at `side.answer_A2`, given the states that predict them."""
         if self.classifies:

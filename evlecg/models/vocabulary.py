@@ -16,7 +16,7 @@ METASPACE = "\u2581"
 FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")  # a byte that no piece of text covers
 
 
-def token_bytes(loaded: Loaded, encoder: AnyEncoder) -> tuple[bytes | None, ...]:
+def token_bytes(loaded: Loaded, encoder: AnyEncoder | None) -> tuple[bytes | None, ...]:
     """Bytes of every row of a model's head: those of its tokenizer, or the two answers of a classifier."""
     if not isinstance(encoder, Encoder):
         return tuple(answer.encode() for answer in ANSWERS)

@@ -24,6 +24,7 @@ from evlecg.training.track import check_trackers
 from evlecg.training.validate import validation_of, validation_samples
 
 if TYPE_CHECKING:
+    from evlecg.models.batch import BatchBuilder
     from evlecg.models.memory import Verdict
 
 ANSWER_BATCH = 16  # records a forward pass when the teacher is asked for its answers
@@ -51,7 +52,7 @@ def build(
 
     from evlecg.losses.objective import METHODS
     from evlecg.models import adapt
-    from evlecg.models.batch import BatchBuilder, epoch_batches, text_length
+    from evlecg.models.batch import BatchBuilder, epoch_batches, text_lengths
     from evlecg.models.checks import (
         check_labels,
         check_lengths,
@@ -63,18 +64,14 @@ def build(
     from evlecg.models.memory import Verdict, free_bytes
     from evlecg.models.views import encoder_for
     from evlecg.models.vocabulary import token_bytes
-    from evlecg.teacher import LiveTeacher, RememberingTeacher
+    from evlecg.teacher import LiveTeacher
+    from evlecg.training.cache import cache_of, wants_packing
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     train = recipe.train
     method = METHODS[recipe.effective_method]
     augment = augmenter(recipe.augment, seed=recipe.seed)
-    if augment is not None and augment.teacher and recipe.needs_teacher and train.remember_teacher:
-        hint = "set augment.teacher=false or train.remember_teacher=false"
-        raise EvlecgError(
-            "a teacher that is remembered must see the same pages in every epoch", where="augment", hint=hint
-        )
     permissions = {"trust_remote_code": recipe.trust_remote_code, "allow_pickle": recipe.allow_pickle}
     check_trackers(recipe.track)
     validated = validation_samples(recipe, prepared, labels)
@@ -86,7 +83,7 @@ def build(
     if checkpoints[0].original is not None and checkpoints[0].original.tiled:
         hint = "no transformers family lays tiles out flat, so what was trained could not be loaded again"
         raise EvlecgError("this original LLaVA layout can teach only", where=recipe.student, hint=hint)
-    sizes = (_pair(recipe.page.student_size), _pair(recipe.page.teacher_size))
+    sizes = (page_size(recipe.page.student_size), page_size(recipe.page.teacher_size))
     style = page_style(recipe.page)
     accelerator = accelerator_of(recipe)
     texts = all(checkpoint.kind == "text" for checkpoint in checkpoints)
@@ -103,14 +100,23 @@ def build(
         if not always_estimate and size < ESTIMATE_FROM and size * PLENTY_BYTES < free:
             return None
         batch = batches_of(packed)(longest_samples(samples, train.batch_size))
-        found = step_memory(recipe, batch, *checkpoints, device=accelerator.device, n_samples=len(samples))
+        found = step_memory(
+            recipe, batch, *checkpoints, device=accelerator.device, n_samples=len(samples),
+            cached=cache is not None and cache.complete(packed),
+        )  # fmt: skip
         verdict = Verdict(found, free, str(accelerator.device))
         verdict.check(force=force)
         return verdict
 
+    cache = None
+    if recipe.needs_teacher:
+        size = Encoder(checkpoints[1], processors[1], size_px=sizes[1]).size_px if texts else sizes[1]
+        cache = cache_of(recipe, prepared, samples, checkpoints[1], size, progress, rehearsal=always_estimate,
+                         lengths=text_lengths(samples, train.bucket) if texts else None)  # fmt: skip
+
     if train.teacher_bits and recipe.needs_teacher and texts:  # is there a library that quantises?
         adapt.quantisation(models.shapes(checkpoints[1]), train.teacher_bits, compute_dtype=train.teacher_dtype)
-    packs = train.packing != "never" and max(len(sample.questions) for sample in samples) > 1
+    packs = wants_packing(recipe, samples)
     packs = packs and not any(checkpoint.kind == "text" and checkpoint.apart for checkpoint in checkpoints)
     memory = None
     if texts:
@@ -126,28 +132,33 @@ def build(
     set_seed(recipe.seed)
     student = models.load(checkpoints[0], dtype=train.dtype, seed=recipe.seed, processor=processors[0], labels=labels,
                           signal=recipe.student_signal)  # fmt: skip
+
+    if cache is not None and not cache.complete(packs):
+        cache.await_writer()
     teacher = None
-    if recipe.needs_teacher:
-        teacher = models.load(
-            checkpoints[1], dtype=train.teacher_dtype, processor=processors[1], signal=recipe.teacher_signal,
-            bits=train.teacher_bits, device_map=train.teacher_device_map,
-        )  # fmt: skip
-        if not train.teacher_bits and not train.teacher_device_map:
-            teacher.model.to(accelerator.device)
-        teacher.model.eval()
+    if recipe.needs_teacher and (cache is None or not cache.complete(packs)):
+        teacher = load_teacher(recipe, checkpoints[1], processors[1], accelerator.device)
     adapted = adapt_student(recipe, student)
-    if not texts:
-        encoders += [
-            encoder_for(loaded, size_px=size)
-            for loaded, size in zip((student, teacher), sizes, strict=True)
-            if loaded is not None
-        ]
-    unpacked = batches_of(False)
-    lengths = check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints)
-    student_encoder, teacher_encoder = unpacked.student, unpacked.teacher
     student.model.to(accelerator.device)
 
-    packed, checks = startup_checks(recipe, unpacked, student, teacher, progress, lengths=lengths)
+    def looked() -> tuple[BatchBuilder, bool, dict[str, Any]]:
+        """The builder of unpacked batches, whether questions are packed, and what the start-up checks found."""
+        there = [loaded for loaded in (student, teacher) if loaded is not None]
+        if not texts:
+            encoders[:] = [encoder_for(loaded, size_px=size) for loaded, size in zip(there, sizes, strict=False)]
+        lengths = check_lengths(batches_of(packs)(longest_samples(samples, 1)), checkpoints[: len(there)])
+        unpacked = batches_of(False)
+        return unpacked, *startup_checks(recipe, unpacked, student, teacher, progress, lengths=lengths)
+
+    unpacked, packed, checks = looked()
+    if cache is not None and teacher is None:
+        packed = packed and cache.packs
+        if not cache.complete(packed):  # it holds what a student that packs has read, and this one does not
+            teacher = load_teacher(recipe, checkpoints[1], processors[1], accelerator.device)
+            unpacked, packed, checks = looked()
+        elif cache.facts is not None:
+            checks["teacher"] = dict(cache.facts.checks)
+    student_encoder, teacher_encoder = unpacked.student, unpacked.teacher
     if packed != packs:
         memory = fits(packed)
     checks["memory"] = memory.to_dict() if memory is not None else None
@@ -160,7 +171,11 @@ def build(
         for loaded, encoder in ((student, student_encoder), (teacher, teacher_encoder))
         if loaded is not None and encoder is not None
     ]  # fmt: skip
-    objective = method(recipe.objective, student=facts[0], teacher=facts[1] if teacher is not None else None)
+    if cache is not None and teacher is None:
+        stands_in = models.Loaded(checkpoints[1], None, processors[1])  # for its vocabulary
+        tokens = token_bytes(stands_in, teacher_encoder) if method.reads_tokens else ()
+        facts.append(cache.model_facts(tokens))
+    objective = method(recipe.objective, student=facts[0], teacher=facts[1] if recipe.needs_teacher else None)
     needs = objective.needs
     if teacher is not None:
         check_labels(teacher, labels, needs, progress)
@@ -183,23 +198,41 @@ def build(
     sharded = is_sharded(accelerator)
     if not sharded and not all(parameter.requires_grad for parameter in student.model.parameters()):
         adapt.save_trained_only(accelerator, student.model)
-    signal = None
+    signal, teacher_head = None, None
     if teacher is not None and needs:
         shard_teacher(accelerator, teacher.model)
         attention = "attention" in needs
         signal = LiveTeacher(teacher, visual_layer=recipe.objective.visual_layer, attention=attention)
-        if train.remember_teacher:
-            signal = RememberingTeacher(signal, needs)
-    processes = accelerator.num_processes
+    if cache is not None:
+        if signal is not None and teacher is not None:
+            cache.fill(signal, teacher, builder, checks.get("teacher", {}), accelerator)
+        builder, signal, teacher_head = cache.read_by(builder, checkpoints[1], accelerator.device)
+        teacher = None  # it has said all that it is asked
+        checks["teacher_cache"] = cache.told()
     if processes > 1:  # the same weights to begin with, but every process drops out by itself
         set_seed(recipe.seed, device_specific=True)
-    lengths = tuple(map(text_length, builder.samples)) if texts and train.bucket > 1 else None
     return Job(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
-        needs=needs, checks=checks, adapted=adapted, processes=processes, sharded=sharded, lengths=lengths,
-        validation=validation_of(recipe, prepared, validated, student, accelerator),
+        needs=needs, checks=checks, adapted=adapted, processes=processes, sharded=sharded,
+        lengths=text_lengths(builder.samples, train.bucket) if texts else None,
+        validation=validation_of(recipe, prepared, validated, student, accelerator), teacher_head=teacher_head,
+        taught_by=checkpoints[1] if recipe.needs_teacher else None,
+        teacher_s=cache.expected_s if cache is not None else 0.0,
     )  # fmt: skip
+
+
+def load_teacher(recipe: Recipe, checkpoint: models.Checkpoint, processor: Any, device: Any) -> models.Loaded:
+    """The teacher as the recipe wants it, on its device and in eval mode."""
+    train = recipe.train
+    loaded = models.load(
+        checkpoint, dtype=train.teacher_dtype, processor=processor, signal=recipe.teacher_signal,
+        bits=train.teacher_bits, device_map=train.teacher_device_map,
+    )  # fmt: skip
+    if not train.teacher_bits and not train.teacher_device_map:
+        loaded.model.to(device)
+    loaded.model.eval()
+    return loaded
 
 
 def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None:
@@ -214,10 +247,6 @@ def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None
     if recipe.train.compile and "attention" in needs:
         raise EvlecgError(f"{name} reads queries and keys inside a layer, which a compiled one does not show",
                           where="train.compile", hint="set train.compile=false")  # fmt: skip
-    unkept = needs & {"attention", "logits"} if recipe.train.remember_teacher else frozenset()
-    if unkept:
-        raise EvlecgError(f"{name} reads the teacher's {' and '.join(sorted(unkept))}, which are not remembered",
-                          where="train.remember_teacher", hint="set train.remember_teacher=false")  # fmt: skip
 
 
 def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -> list:
@@ -244,7 +273,8 @@ def _size(checkpoints: list[models.Checkpoint]) -> int:
     return sum(models.shapes(checkpoint).n_parameters for checkpoint in checkpoints)
 
 
-def _pair(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+def page_size(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """A page size of a recipe; None where the processor decides."""
     if size is None:
         return None
     if len(size) != 2 or min(size) < 16:

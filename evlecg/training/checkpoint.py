@@ -24,8 +24,7 @@ from evlecg.errors import EvlecgError, RunFailed
 from evlecg.files import sha256_file, to_disk
 from evlecg.progress import Progress
 from evlecg.recipe import CheckpointConfig
-from evlecg.teacher import RememberingTeacher
-from evlecg.training.step import Job, Position, batches_of, loader
+from evlecg.training.step import Job, Position
 
 FOLDER, MANIFEST, POSITION = "checkpoints", "manifest.json", "position.json"
 FORMAT_VERSION = 1
@@ -98,7 +97,6 @@ def restore(job: Job, out: Path, progress: Progress) -> Position:
             raise EvlecgError(f"the run to go on with has other {what}: {before}, not {now}", where=folder,
                               hint="start another run, with another --out")  # fmt: skip
     state = load(job, folder)
-    remember_again(job, state, progress)
     progress.info(f"going on from step {state.step} ({folder})")
     return state
 
@@ -129,33 +127,6 @@ def newest(out: Path, progress: Progress) -> Path | None:
             return folder
         progress.warn(f"the checkpoint {folder} is damaged ({fault}): it is passed over")
     return None
-
-
-def remember_again(job: Job, state: Position, progress: Progress) -> None:
-    """Has a remembering teacher see again what it saw until `state`, in the same company.
-
-    What it remembers of a record depends, in the last bits, on the records it was padded and computed with. That is the
-    batch in which the record came up first, so that one epoch, in the old order, brings everything back.
-    """
-    from evlecg.models.outputs import to_device
-
-    signal = job.signal
-    if not isinstance(signal, RememberingTeacher):
-        return
-    accelerator = job.accelerator
-    for epoch in range(state.epoch + 1):
-        batches = batches_of(job, epoch)[: state.batch if epoch == state.epoch else None]
-        # later epochs bring what the first one passed over: fewer records than processes
-        batches = [
-            batch for batch in batches
-            if any(job.builder.samples[int(place)].record_id not in signal.rows for place in batch)
-        ]  # fmt: skip
-        with progress.task(f"teacher's outputs of epoch {epoch + 1}, again", len(batches)) as advance:
-            for batch in loader(job, batches, epoch):
-                signal(to_device(batch, accelerator.device))
-                if not signal.rows or signal.held_bytes >= signal.limit_bytes:
-                    return  # it remembers nothing (a record is several rows), or no more
-                advance(1)
 
 
 def _folder(out: Path, step: int) -> Path:

@@ -33,6 +33,7 @@ def step_memory(
     *,
     device: Any = "cpu",
     n_samples: int = 0,
+    cached: bool = False,
 ) -> MemoryEstimate:
     """What a step of a run takes, from the checkpoints' configs and a batch: no weight is read or made.
 
@@ -42,6 +43,7 @@ def step_memory(
         student, teacher: from `models.inspect`.
         device: where the run will be.
         n_samples: training samples, for what `train.remember_teacher` keeps.
+        cached: the teacher is not loaded: all that is read of it comes out of a cache.
     """
     import torch
     from accelerate import PartialState
@@ -49,7 +51,7 @@ def step_memory(
     from evlecg.losses.objective import METHODS
     from evlecg.models import memory
     from evlecg.models.adapt import quantisation
-    from evlecg.teacher import MEMORY_BYTES
+    from evlecg.teacher.store import MEMORY_BYTES
 
     train = recipe.train
     device = torch.device(device)
@@ -72,19 +74,42 @@ def step_memory(
         memory.pretend(module, device)
     trained = [p for module in (small.model, objective) for p in module.parameters() if p.requires_grad]
     job = bare_job(recipe, small, large, objective, memory.Resting(trained))
+    if cached and large is not None:
+        job = dataclasses.replace(job, signal=lambda batch: _shapes_of(batch, facts[1], large, objective.needs))
     group = [batch] * min(2, train.accumulation)
     norms = recipe.log.gradients_every > 0
-    sides = (batch.student, *([batch.teacher] if large is not None else []))
+    there = large.model if large is not None and not cached else None
+    sides = (batch.student, *([batch.teacher] if there is not None else []))
     rows = len(batch.sample_ids)
     return memory.estimate(
         # a term's gradient norm recomputes what was not kept, and keeps it then
         lambda: step(job, group, Position(), diagnose=False, gradients=norms and train.gradient_checkpointing),
-        student=small.model, teacher=large.model if large is not None else None, objective=objective,
+        student=small.model, teacher=there, objective=objective,
         names=(student.name, *([teacher.name] if teacher is not None else [])),
         inputs=tuple(side.inputs for side in sides), device=device, quantised=quantised,
         teacher_elsewhere=train.teacher_device_map is not None and device.type != "cpu",
         processes=PartialState().num_processes, gradient_norms=norms,
-        remembered=(lambda held: min(MEMORY_BYTES, held * n_samples // rows)) if train.remember_teacher else None,
+        remembered=(lambda held: min(MEMORY_BYTES, held * n_samples // rows))
+        if train.remember_teacher and not recipe.cache.dir else None,
+    )  # fmt: skip
+
+
+def _shapes_of(batch: Any, facts: Any, teacher: models.Loaded, needs: frozenset[str]) -> Any:
+    """What a cache gives for a batch, in its shapes; it takes no memory."""
+    import torch
+
+    from evlecg.schema import Outputs
+
+    side, dtype = batch.teacher, teacher.model.dtype
+    (rows, n), n_visual = side.valid_BS.shape, side.visual_box_BN4.shape[1]
+
+    def shaped(*shape: int) -> Any:
+        return torch.zeros((), dtype=dtype, device=side.valid_BS.device).expand(shape)
+
+    attention = {name: shaped(rows, n_visual, facts.width) for name in ("query", "key", "value")}
+    return Outputs(
+        shaped(rows, n, facts.width), shaped(rows, n_visual, facts.token_width), shaped(rows, n_visual, facts.width),
+        shaped(len(side.answer_A2), facts.vocab_size), side, attention if "attention" in needs else {},
     )  # fmt: skip
 
 

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evlecg.training.step import Job
-
-PROBE_RECORDS = 8  # that figures and spectra are taken from
+from evlecg.training.step import PROBE_RECORDS, Job
 
 
 def _probe(job: Job) -> tuple[Any, Any, Any] | None:
@@ -30,8 +28,7 @@ def _probe(job: Job) -> tuple[Any, Any, Any] | None:
     job.student.model.eval()
     with torch.no_grad():
         outputs = forward(job.student, batch.student, visual_layer=job.recipe.objective.visual_layer)
-        signal = getattr(job.signal, "live", job.signal)  # what is remembered comes from training batches alone
-        taught = signal(batch) if signal is not None else None
+        taught = job.signal(batch) if job.signal is not None else None
     job.student.model.train(training)
     return (batch, outputs, taught) if main else None
 

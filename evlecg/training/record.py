@@ -37,7 +37,8 @@ def write_provenance(job: Job, out: Path, labels: tuple[str, ...], step: int) ->
             "labels": list(labels),
             "n_train": len(job.builder.samples),
         },
-        "models": {"student": _model(job.student)} | ({"teacher": _model(job.teacher)} if job.teacher else {}),
+        "models": {"student": _model(job.student.checkpoint)}
+        | ({"teacher": _model(job.taught_by)} if job.taught_by is not None else {}),
         "sessions": [],
     }
     if step and path.is_file():
@@ -58,9 +59,8 @@ def write_provenance(job: Job, out: Path, labels: tuple[str, ...], step: int) ->
     return found
 
 
-def _model(loaded: models.Loaded) -> dict[str, Any]:
+def _model(checkpoint: models.Checkpoint) -> dict[str, Any]:
     """Which weights: the hash of a folder's, the revision of a hub id's, neither for a built-in that is untrained."""
-    checkpoint = loaded.checkpoint
     return {
         "name": checkpoint.name,
         "family": checkpoint.model_type,

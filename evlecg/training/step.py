@@ -21,6 +21,7 @@ from evlecg.errors import EvlecgError
 from evlecg.models import load as models
 from evlecg.recipe import Recipe
 
+PROBE_RECORDS = 8  # the first training records: figures and spectra are taken from them
 WEAK_SHARE = 0.01  # of the gradient; a term below it changes next to nothing
 
 
@@ -63,6 +64,9 @@ class Job:
     sharded: bool = False  # each holds a part of the weights: what runs a model must run it on all processes
     lengths: tuple[int, ...] | None = None  # of the samples' texts, where batches are cut by them
     validation: Any = None  # what scores validation records while training, where the recipe wants that
+    taught_by: models.Checkpoint | None = None  # the teacher's checkpoint, loaded or not
+    teacher_head: Any = None  # where a method reads it and the teacher is not loaded
+    teacher_s: float = 0.0  # that the teacher still takes, where a dry run left records out
 
 
 def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradients: bool) -> dict[str, Any] | None:
@@ -101,7 +105,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
                 job.signal(batch) if job.signal is not None else None,
                 batch,
                 output_head=AnswerHead(job.student),
-                teacher_head=AnswerHead(job.teacher) if "heads" in job.needs and job.teacher is not None else None,
+                teacher_head=_teacher_head(job),
                 ramp=_ramp(recipe.objective.warmup, state.step, job.total_steps),
                 diagnose=diagnose and last,
             )
@@ -214,6 +218,15 @@ def told_values(job: Job, total: Any, sums: dict[str, Any]) -> tuple[float, dict
         return float(total), {name: float(value) for name, value in sums.items()}
     mean = job.accelerator.reduce(torch.stack([value.float() for value in (total, *sums.values())]), "mean").tolist()
     return mean[0], dict(zip(sums, mean[1:], strict=True))
+
+
+def _teacher_head(job: Job) -> Any:
+    """The teacher's head as losses see it; None where they do not."""
+    from evlecg.models.outputs import AnswerHead
+
+    if job.teacher_head is not None or "heads" not in job.needs or job.teacher is None:
+        return job.teacher_head
+    return AnswerHead(job.teacher)
 
 
 def term_gradients(job: Job, terms: Any, shares: Shares | None = None) -> dict[str, float]:

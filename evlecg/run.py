@@ -54,7 +54,9 @@ def check_manifest(folder: Path) -> dict[str, str]:
         sums = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         names = list(sums.items())
     except OSError as error:
-        raise EvlecgError("the folder holds no exported student", where=folder, hint="evlecg export RUN --out DIR") from error
+        raise EvlecgError(
+            "the folder holds no exported student", where=folder, hint="evlecg export RUN --out DIR"
+        ) from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise EvlecgError("the manifest is damaged", where=path, hint="export the student again") from error
     for name, wanted in names:
@@ -249,7 +251,9 @@ class Student:
         self._prefix_positions = np.array(prompt["prefix_positions"], np.int64)  # [axes, S]
         self._prefix_1SD = self._embedded([prompt["prefix_ids"]])
         longest = max(len(text.ids) for text in texts)
-        self._texts_AMD = self._embedded([[*text.ids, *[prompt["pad_id"]] * (longest - len(text.ids))] for text in texts])
+        self._texts_AMD = self._embedded(
+            [[*text.ids, *[prompt["pad_id"]] * (longest - len(text.ids))] for text in texts]
+        )
         places = [np.pad(text.positions, ((0, 0), (0, longest - len(text.ids)))) for text in texts]
         self._text_positions = np.stack(places, 1)  # [axes, A, M]
         self._keep = np.array(sorted({place for text in texts for place, _ in text.predicts}), np.int64)
@@ -281,7 +285,9 @@ class Student:
             for layer, (heads, *widths) in enumerate(self.told["prompt"]["cache"])
             for name, width in zip(("key", "value"), widths, strict=True)
         }
-        prefix = self._decoded(embeds, np.repeat(self._prefix_positions[:, None], rows, 1), np.zeros(1, np.int64), empty)
+        prefix = self._decoded(
+            embeds, np.repeat(self._prefix_positions[:, None], rows, 1), np.zeros(1, np.int64), empty
+        )
         past = {
             name.replace("present", "past"): np.repeat(value, n_texts, axis=0)
             for name, value in prefix.items() if name.startswith("present")
@@ -290,7 +296,9 @@ class Student:
             np.tile(self._texts_AMD, (rows, 1, 1)), np.tile(self._text_positions, (1, rows, 1)), self._keep, past
         )["logits"].astype(np.float64)
         top = found.max(-1, keepdims=True)
-        logp = (found - top - np.log(np.exp(found - top).sum(-1, keepdims=True))).reshape(rows, n_texts, *found.shape[1:])
+        logp = (found - top - np.log(np.exp(found - top).sum(-1, keepdims=True))).reshape(
+            rows, n_texts, *found.shape[1:]
+        )
         kept = {int(place): column for column, place in enumerate(self._keep)}
         result = np.zeros((rows, len(self.labels), 2))
         for number, text in enumerate(self._texts):
@@ -316,10 +324,12 @@ def read_record(path: Path) -> tuple[np.ndarray, float]:
         source = Source(path.resolve().parent)
         header = read_header(source, path.with_suffix(".hea").name)
         raw = read_signal(source, header)
-        signal_mV, fs_hz, _ = mend(raw.values, raw.leads, raw.units, header.fs_hz)
-    except (Unfit, OSError) as error:
-        raise EvlecgError(f"the record cannot be used: {error}", where=path, hint=f"12 leads: {', '.join(LEADS)}") from error
-    return signal_mV, fs_hz
+        signal_mV = mend(raw.values, raw.leads, raw.units, header.fs_hz).signal_mV
+    except (Unfit, OSError, ValueError) as error:
+        raise EvlecgError(
+            f"the record cannot be used: {error}", where=path, hint=f"12 leads: {', '.join(LEADS)}"
+        ) from error
+    return signal_mV, header.fs_hz
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -91,7 +91,6 @@ class Pixels(nn.Module):
 
     def _measure(self, process: Processor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Index into the views, factor and constant of every number, and all that the processor returned."""
-        width, height = self.size_px
         sizes = [view.height * view.width * 3 for view in self._views]
         index_V = [torch.arange(size) + sum(sizes[:number]) for number, size in enumerate(sizes)]
 

@@ -50,7 +50,7 @@ def forward(
     inputs = _as_model(side.inputs, model)
     if bool((side.block_BS > 1).any()):
         inputs["attention_mask"] = _tree_masks(loaded, side, _dtype(model))
-        inputs["position_ids"] = _model_positions(loaded, side)
+        inputs["position_ids"] = model_positions(loaded, side)
     keep_U, place_A = torch.unique(predict_A2[:, 1] - 1, return_inverse=True)
     if "logits_to_keep" in forward_keys:
         inputs["logits_to_keep"] = keep_U
@@ -261,7 +261,7 @@ def tree_positions(block_BS: Tensor) -> Tensor:
     return torch.where(block_BS == 0, index_BS, prefix_B1 + index_BS - start_BS)
 
 
-def _model_positions(loaded: Loaded, side: Side) -> Tensor:
+def model_positions(loaded: Loaded, side: Side) -> Tensor:
     """`tree_positions` as the model counts them: [B,S], or [3,B,S] where an image counts its rows and columns."""
     place_BS = tree_positions(side.block_BS)
     count = getattr(loaded.model, "get_rope_index", None) or getattr(loaded.model.base_model, "get_rope_index", None)

@@ -22,9 +22,10 @@ N_LABELS, WIDTH, VOCABULARY = 3, 4, 7
 # as on a device: what is not installed there cannot be imported
 WITHOUT_TORCH = """
 import sys
+ABSENT = {"torch", "torchvision", "transformers", "tokenizers", "safetensors", "sklearn", "peft"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "torchvision", "transformers", "tokenizers", "safetensors", "sklearn", "peft"}:
+        if name.split(".")[0] in ABSENT:
             raise ImportError(f"{name} is not installed on this device")
 sys.meta_path.insert(0, Absent())
 from evlecg.run import main

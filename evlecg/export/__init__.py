@@ -136,7 +136,8 @@ def export(
         raise EvlecgError("int8-static is calibrated on records", where="--data", hint="--data DIR, or --dtype int8")
     trained = trained_with(Path(checkpoint.source))
     held = dtype if dtype in ("auto", "float32", "bfloat16", "float16") else "float32"
-    student = models.load(checkpoint, dtype=held if format != "gguf" else "auto")
+    held = "auto" if format == "gguf" else held  # its converter sets the type
+    student = models.load(checkpoint, dtype=held)
     commands: tuple[str, ...] = ()
     prices: list[Price] = []
     with new_folder(out, overwrite) as folder:
@@ -148,7 +149,7 @@ def export(
         else:
             formats.write_safetensors(student, trained, folder, max_shard_size=max_shard_size)
             difference = _reloaded(folder, student, trained, out)
-            proof = _proof_of_files(run, folder, student, trained, data, max_drop_points, most_records, out)
+            proof = _proof_of_files(run, folder, student, held, trained, data, max_drop_points, most_records, out)
             if format == "gguf":
                 commands = _gguf(folder, out, dtype)
         for file in folder.iterdir():
@@ -212,7 +213,9 @@ def _graphs(
         for index in prepared.indices("train").tolist()[:N_CALIBRATION]:
             yield draw(prepared, index, view, page_style(trained.page))
 
-    formats.write_graphs(student, trained, folder, runtime=format, dtype=dtype, calibration=calibration)
+    formats.write_graphs(student, trained, folder, runtime=format)
+    if dtype.startswith("int"):
+        formats.quantise(folder, dtype, calibration)
     opened = open_student(folder)
     proof = gate.prove(
         lambda records: gate.TorchScoring(student, records, trained),
@@ -228,7 +231,7 @@ def _graphs(
 
 
 def _proof_of_files(
-    run: Path, folder: Path, student: Loaded, trained: TrainedWith, data: Path | None, max_drop_points: float,
+    run: Path, folder: Path, student: Loaded, held: str, trained: TrainedWith, data: Path | None, max_drop_points: float,
     most_records: int, out: Path,
 ) -> Proof | None:  # fmt: skip
     """Scores validation with the run's weights as trained and with the written ones; None without data or labels."""
@@ -240,7 +243,7 @@ def _proof_of_files(
         return None
     trust = student.checkpoint.trust_remote_code
     written = models.load(models.inspect(str(folder), trust_remote_code=trust), dtype="auto")
-    original = models.load(models.inspect(str(run), trust_remote_code=trust), dtype="auto")
+    original = student if held == "auto" else models.load(models.inspect(str(run), trust_remote_code=trust), dtype="auto")
     return gate.prove(
         lambda records: gate.TorchScoring(original, records, trained),
         lambda records: gate.TorchScoring(written, records, trained),

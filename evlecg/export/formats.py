@@ -61,8 +61,7 @@ def write_safetensors(student: models.Loaded, trained: TrainedWith, folder: Path
 
 
 def write_graphs(
-    student: models.Loaded, trained: TrainedWith, folder: Path, *, runtime: str, dtype: str,
-    calibration: Callable[[Student], Iterable[Any]] | None,
+    student: models.Loaded, trained: TrainedWith, folder: Path, *, runtime: str
 ) -> None:  # fmt: skip
     """Graphs and runner.json, with config and processor beside them for those who want words.
 
@@ -71,8 +70,6 @@ def write_graphs(
         trained: its questions and pages.
         folder: where to.
         runtime: "onnx" or "openvino".
-        dtype: of `FORMATS`.
-        calibration: for int8-static: gives views (pages or traces) of records.
 
     Raises:
         EvlecgError: the student's family cannot be cut into graphs, or traced.
@@ -99,13 +96,6 @@ def write_graphs(
         raise EvlecgError(f"the family {student.checkpoint.model_type!r} cannot be exported to {runtime}",
                           where=student.checkpoint.name, hint=f"{hint}; --format safetensors works") from error  # fmt: skip
     (folder / RUNNER).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    if dtype.startswith("int"):
-        feeds: dict[str, list[dict[str, np.ndarray]]] = {}
-        if dtype == "int8-static":
-            assert calibration is not None
-            feeds = _heard_feeds(open_student(folder), calibration)
-        for name, file in files.items():
-            _quantised(folder / file, name, dtype, feeds.get(name, []))
     _write_about(student, trained, folder)
 
 
@@ -216,7 +206,25 @@ class _Reader:
         return next(self._left, None)
 
 
-def _quantised(path: Path, name: str, dtype: str, feeds: list[dict[str, np.ndarray]]) -> None:
+def quantise(folder: Path, dtype: str, calibration: Callable[[Student], Iterable[Any]] | None = None) -> None:
+    """Makes the graphs of an onnx folder smaller, in place.
+
+    Args:
+        folder: of `write_graphs`, in float32.
+        dtype: "int8" (activations are quantised as they come), "int8-static" (their ranges are found beforehand) or
+            "int4" (weights only).
+        calibration: for int8-static: gives views (pages or traces) of records.
+    """
+    files = json.loads((folder / RUNNER).read_text(encoding="utf-8"))["graphs"]
+    feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+    if dtype == "int8-static":
+        assert calibration is not None
+        feeds = _heard_feeds(open_student(folder), calibration)
+    for name, file in files.items():
+        _quantise_graph(folder / file, name, dtype, feeds.get(name, []))
+
+
+def _quantise_graph(path: Path, name: str, dtype: str, feeds: list[dict[str, np.ndarray]]) -> None:
     """Replaces a graph by one whose matrix products (of weights) are of integers.
 
     Weights are unsigned: on CPUs without VNNI, onnxruntime adds products of unsigned and signed bytes in pairs of 16

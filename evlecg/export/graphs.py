@@ -150,7 +150,7 @@ class VisionGraph(nn.Module):
         elif "image_grid_thw" in self.given:
             visual = self._of_grid(pixels, n)
         else:
-            visual = _stopped_at(self.projector, lambda: self.base.get_image_features(pixel_values=pixels))
+            visual = _heard_from(self.projector, lambda: self.base.get_image_features(pixel_values=pixels))
         return {"visual": visual.reshape(n, self.n_tokens, -1).float()}
 
     def _of_grid(self, pixels: Tensor, n: Any) -> Tensor:
@@ -179,23 +179,21 @@ def _grid_inputs(visual: Any, grid: Tensor) -> dict[str, Tensor]:
     return {"position_ids": inputs["position_ids"]}
 
 
-class _Stop(Exception):
-    """The projector has spoken."""
+def _heard_from(module: nn.Module, run: Any) -> Tensor:
+    """What a module returns while `run` runs.
 
-
-def _stopped_at(module: nn.Module, run: Any) -> Tensor:
-    """What a module returns while `run` runs; what `run` would do with it afterwards (lists, one a page) is not."""
+    What follows it is given one thing to hold, not one a page: LLaVA makes a list of its features, by which a tracer
+    would count the pages.
+    """
     found: list[Tensor] = []
 
-    def hook(part: nn.Module, given: Any, result: Tensor) -> None:
+    def hook(part: nn.Module, given: Any, result: Tensor) -> Tensor:
         found.append(result)
-        raise _Stop
+        return result[None]
 
     handle = module.register_forward_hook(hook)
     try:
         run()
-    except _Stop:
-        pass
     finally:
         handle.remove()
     return found[0]

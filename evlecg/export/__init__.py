@@ -231,8 +231,8 @@ def _graphs(
 
 
 def _proof_of_files(
-    run: Path, folder: Path, student: Loaded, held: str, trained: TrainedWith, data: Path | None, max_drop_points: float,
-    most_records: int, out: Path,
+    run: Path, folder: Path, student: Loaded, held: str, trained: TrainedWith, data: Path | None,
+    max_drop_points: float, most_records: int, out: Path,
 ) -> Proof | None:  # fmt: skip
     """Scores validation with the run's weights as trained and with the written ones; None without data or labels."""
     from evlecg.export import gate
@@ -243,7 +243,9 @@ def _proof_of_files(
         return None
     trust = student.checkpoint.trust_remote_code
     written = models.load(models.inspect(str(folder), trust_remote_code=trust), dtype="auto")
-    original = student if held == "auto" else models.load(models.inspect(str(run), trust_remote_code=trust), dtype="auto")
+    original = (
+        student if held == "auto" else models.load(models.inspect(str(run), trust_remote_code=trust), dtype="auto")
+    )
     return gate.prove(
         lambda records: gate.TorchScoring(original, records, trained),
         lambda records: gate.TorchScoring(written, records, trained),

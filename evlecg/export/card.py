@@ -48,8 +48,8 @@ def card(
     parts: list[tuple[str, list[str]]] = [
         ("", [
             f"A {student.checkpoint.model_type} model of {student.n_parameters:,} parameters, trained with evlecg "
-            f"{__version__} (method `{trained.method or UNDEFINED}`, teacher `{trained.teacher or 'none'}`); this folder "
-            f"holds it as {format}, {dtype}.",
+            f"{__version__} (method `{trained.method or UNDEFINED}`, teacher `{trained.teacher or 'none'}`); this "
+            f"folder holds it as {format}, {dtype}.",
             "",
             "**Not a medical device.** For research; no diagnosis may rest on it.",
         ]),
@@ -62,8 +62,10 @@ def card(
         ("Cost", _cost(prices)),
         ("Training", _training(run, made, trained, teacher)),
         ("Data, licence and citation", _licence(made, report)),
-        ("Files", [*(f"- `{file.name}`: {file.stat().st_size:,} bytes, SHA-256 `{sha256_file(file)}`" for file in weights),
-                   f"- sums of all files: `{MANIFEST}`"]),
+        ("Files", [
+            *(f"- `{file.name}`: {file.stat().st_size:,} bytes, SHA-256 `{sha256_file(file)}`" for file in weights),
+            f"- sums of all files: `{MANIFEST}`",
+        ]),
     ]  # fmt: skip
     lines = [*_metadata(student, format, trained, report, name), "", f"# {name}: an ECG model", ""]
     for title, text in parts:
@@ -132,8 +134,8 @@ def _usage(student: Loaded, format: str, commands: Sequence[str]) -> list[str]:
         return ["```python", f"model = transformers.{kind}.from_pretrained(FOLDER)", "```"]
     package = {"onnx": "onnxruntime"}.get(format, format)
     return [
-        f"Without torch: `pip install {package} numpy scipy opencv-python-headless pyyaml wfdb` and evlecg without what it "
-        "trains with (`pip install --no-deps evlecg`), then", "",
+        f"Without torch: `pip install {package} numpy scipy opencv-python-headless pyyaml wfdb` and evlecg without "
+        "what it trains with (`pip install --no-deps evlecg`), then", "",
         "```bash", "python -m evlecg.run FOLDER record.hea", "```", "",
         "```python", 'evlecg.load("FOLDER").predict(signal_mV, fs_hz)  # [12, samples] in mV -> {label: probability}',
         "```", "",
@@ -145,8 +147,8 @@ def _limits(report: dict[str, Any], made: dict[str, Any]) -> list[str]:
     dataset = report.get("dataset") or (made.get("data") or {}).get("dataset") or UNDEFINED
     lines = [
         "For research on the reading of twelve-lead ECGs of adults, and for teaching. It has seen no other data than "
-        f"`{dataset}` in training; what it does with other recorders, populations and pages has to be measured there first "
-        "(`evlecg eval --dataset NAME --model FOLDER`).",
+        f"`{dataset}` in training; what it does with other recorders, populations and pages has to be measured there "
+        "first (`evlecg eval --dataset NAME --model FOLDER`).",
         "It answers the labels above and no others; that a label is absent is not that the ECG is normal.",
     ]  # fmt: skip
     if dataset == "synthetic":
@@ -180,8 +182,12 @@ def _proof(proof: Proof | None, difference: float, format: str) -> list[str]:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     drop = proof.drop
     if drop is not None and drop.value is not None and drop.ci95 is not None:
-        lines += ["", f"Export minus run: {100 * drop.value:+.2f} points macro AUROC (95% interval {100 * drop.ci95[0]:+.2f} "
-                      f"to {100 * drop.ci95[1]:+.2f}); log odds differ by {proof.mean_logit_difference:.1e} on average."]  # fmt: skip
+        low, high = (100 * end for end in drop.ci95)
+        lines += [
+            "",
+            f"Export minus run: {100 * drop.value:+.2f} points macro AUROC (95% interval {low:+.2f} to {high:+.2f}); "
+            f"log odds differ by {proof.mean_logit_difference:.1e} on average.",
+        ]
     return lines
 
 
@@ -205,9 +211,13 @@ def _cost(prices: Sequence[Price]) -> list[str]:
             f"{price.peak_memory_bytes / 1e6:.0f}" if price.peak_memory_bytes else UNDEFINED,
         ]  # fmt: skip
         lines.append(f"| {price.name} | " + " | ".join(cells) + " |")
-    return [*lines, "", "One record at a time with all its questions, page drawing included: median of records that the "
-            "models took turns with, each in a process of its own whose whole memory is counted. Teacher and student run "
-            "in PyTorch, eager."]  # fmt: skip
+    return [
+        *lines,
+        "",
+        "One record at a time with all its questions, page drawing included: median of records that the models took "
+        "turns with, each in a process of its own whose whole memory is counted. Teacher and student run in PyTorch, "
+        "eager.",
+    ]
 
 
 def _training(run: Path, made: dict[str, Any], trained: TrainedWith, teacher: dict[str, Any]) -> list[str]:
@@ -232,6 +242,8 @@ def _licence(made: dict[str, Any], report: dict[str, Any]) -> list[str]:
     lines = [f"- data: {name or UNDEFINED}" + (f" ({about['title']}), {about['licence']}" if about else "")]
     if about.get("citation"):
         lines.append(f"- citation of the data: {about['citation']}")
-    lines.append("- licence of the weights: that of the checkpoint that the student started from, as far as the licence of "
-                 "the data permits")  # fmt: skip
+    lines.append(
+        "- licence of the weights: that of the checkpoint that the student started from, as far as the licence of the "
+        "data permits"
+    )
     return [*lines, f"- citation of the method: {CITATION}"]

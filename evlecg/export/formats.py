@@ -3,7 +3,7 @@
 | format | written by | dtypes |
 |---|---|---|
 | safetensors | transformers' save_pretrained | float32, bfloat16, float16 |
-| onnx | transformers' OnnxExporter (torch.export), onnxruntime's quantisers | float32, float16, int8, int8-static, int4 |
+| onnx | transformers' OnnxExporter, onnxruntime's quantisers | float32, float16, int8, int8-static, int4 |
 | openvino | transformers' OpenVINOExporter, openvino | float32, float16 |
 | gguf | llama.cpp's convert_hf_to_gguf.py, from the safetensors | float32, bfloat16, float16, int8, int4 |
 """
@@ -94,7 +94,8 @@ def write_graphs(
     except Exception as error:  # exporters raise whatever tracing raises
         hint = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         raise EvlecgError(f"the family {student.checkpoint.model_type!r} cannot be exported to {runtime}",
-                          where=student.checkpoint.name, hint=f"{hint}; --format safetensors works") from error  # fmt: skip
+                          where=student.checkpoint.name,
+                          hint=f"{hint}; --format safetensors works") from error  # fmt: skip
     (folder / RUNNER).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     _write_about(student, trained, folder)
 

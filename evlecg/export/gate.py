@@ -176,8 +176,8 @@ def prove(
     if points > max_drop_points:
         before, after = proof.original[worst], proof.exported[worst]
         raise NotAsGood(
-            f"the exported student's AUROC of {worst} falls by {points:.2f} points, from {before:.4f} to {after:.4f} on "
-            f"{proof.n_records} validation records", where=where,
+            f"the exported student's AUROC of {worst} falls by {points:.2f} points, from {before:.4f} to {after:.4f} "
+            f"on {proof.n_records} validation records", where=where,
             hint=f"nothing was kept; --max-drop allows {max_drop_points:g}, and another --dtype loses less",
         )  # fmt: skip
     return proof

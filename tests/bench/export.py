@@ -24,7 +24,8 @@ CASES = [(name, dtype) for name in ("safetensors", "onnx", "openvino") for dtype
          if dtype not in ("auto",)]  # fmt: skip
 SPEEDUP, DROP_POINTS = 1.5, 0.5
 COLUMNS = (
-    "MB", "ms, 1 thread (p95)", "ms, 2 threads (p95)", "times faster, 1 / 2 threads", "peak MB", "AUROC", "largest drop",
+    "MB", "ms, 1 thread (p95)", "ms, 2 threads (p95)", "times faster, 1 / 2 threads", "peak MB", "AUROC",
+    "largest drop",
 )  # fmt: skip
 LARGE = {"20M": (256, 6, 256), "100M": (512, 12, 384)}  # width, layers, page
 

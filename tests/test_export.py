@@ -116,6 +116,8 @@ def test_bad_input(run, tmp_path):
 
 
 FAMILY_TOLERANCE = 1e-4  # of log odds, float32 against float32
+RESIZED_TOLERANCE = 2e-2  # where the processor resizes: pixels differ by a level
+RESIZED = ("qwen2_vl", "idefics3_tiles", "internvl")
 PHRASES = {"NORM": "a normal tracing", "MI": "myocardial infarction"}
 
 
@@ -211,7 +213,8 @@ def test_quantised_graphs_are_smaller_and_nearly_the_same(graphs, tmp_path, dtyp
 def test_families_are_cut_into_graphs(family, checkpoints, tmp_path):
     checkpoint = checkpoints[family] if family in checkpoints else BUILDERS[family](tmp_path / "checkpoint")
     result = export(run_of(checkpoint, tmp_path / "run"), out=tmp_path / "onnx", format="onnx")
-    assert result.max_logit_difference < FAMILY_TOLERANCE and result.proof.data == "synthetic records"
+    allowed = RESIZED_TOLERANCE if family in RESIZED else FAMILY_TOLERANCE
+    assert result.max_logit_difference < allowed and result.proof.data == "synthetic records"
 
 
 @pytest.mark.parametrize("family", ["vit", "convnext", "patchtst", "hubert"])

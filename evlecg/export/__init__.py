@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from evlecg.models.trained import TrainedWith
 
 LOGIT_TOLERANCE = 1e-5  # the same weights in the same dtype: anything above this is a defect, not rounding
-# of log odds, per dtype that a graph computes in; quantised ones are judged by their AUROC
-GRAPH_TOLERANCE = {"float32": 1e-3, "float16": 0.25}
+# of log odds, per dtype that a graph computes in: where a page is resized, single pixels differ by one level of 256 (a
+# tiny tiled Idefics3: 1.6e-3); quantised graphs are judged by their AUROC
+GRAPH_TOLERANCE = {"float32": 2e-2, "float16": 0.25}
 MAX_DROP_POINTS = 0.5
 MOST_RECORDS = 1000
 N_CALIBRATION = 64

@@ -66,7 +66,8 @@ class Pixels(nn.Module):
         for number, view in enumerate(self._views):
             self.register_buffer(f"rows_{number}", view.rows_hH, persistent=False)
             self.register_buffer(f"columns_{number}", view.columns_wW, persistent=False)
-        first, pattern, offset = _factored(index_E)
+        self._whole = self._whole_view(index_E)
+        first, pattern, offset = _factored(index_E if self._whole is None else torch.zeros(1, dtype=torch.int64))
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("pattern", pattern, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
@@ -83,11 +84,26 @@ class Pixels(nn.Module):
             rows_hH = getattr(self, f"rows_{number}")
             seen = torch.matmul(rows_hH, seen.flatten(2)).unflatten(2, (view.width, 3))
             views.append(_levels(seen))
+        if self._whole is not None:  # the usual case, without a table of indices as large as the page
+            values = views[self._whole].permute(0, 3, 1, 2).reshape(-1, *self.shape)
+            return self._scaled(values)
         flat = torch.cat([view.flatten(1) for view in views], 1) if len(views) > 1 else views[0].flatten(1)
         index = self.first[:, None] + self.offset[self.pattern]
-        values = flat[:, index.flatten()].reshape(-1, *self.shape)
+        return self._scaled(flat[:, index.flatten()].reshape(-1, *self.shape))
+
+    def _scaled(self, values: Tensor) -> Tensor:
         values = values * self.factor + self.constant
         return values.squeeze(1) if self.shape[0] == 1 else values.flatten(0, 1)
+
+    def _whole_view(self, index_E: Tensor) -> int | None:
+        """The view that is shown as a whole, channels first; None where it is cut, or there are several."""
+        start = 0
+        for number, view in enumerate(self._views):
+            index_hw3 = torch.arange(view.height * view.width * 3).reshape(view.height, view.width, 3) + start
+            start += index_hw3.numel()
+            if torch.equal(index_hw3.permute(2, 0, 1).flatten(), index_E.flatten()):
+                return number
+        return None
 
     def _measure(self, process: Processor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Index into the views, factor and constant of every number, and all that the processor returned."""

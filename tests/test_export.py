@@ -362,7 +362,7 @@ def test_a_push_uploads_every_file(tmp_path):
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-c", PUSH, str(folder)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.strip().splitlines()[-1] == f"{here}/me/student/commit/abc"
         made = next(body for path, body in Hub.seen if path.endswith("/repos/create"))["lines"][0]
@@ -376,7 +376,7 @@ def test_a_push_uploads_every_file(tmp_path):
         assert set(sent) == {*files, "manifest.json"} and sent["model.txt"] == b"weights"
         before = len(Hub.seen)
         (folder / "model.txt").write_text("other")  # changed since it was exported: not a byte leaves
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode and "not the one that was exported" in done.stderr and len(Hub.seen) == before
     finally:
         server.shutdown()

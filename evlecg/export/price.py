@@ -146,7 +146,11 @@ class _Worker:
         with contextlib.suppress(OSError):
             assert self.process.stdin is not None
             self.process.stdin.close()
-        self.process.wait(timeout=30)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # its numbers are in: how it ends is of no interest
+            self.process.kill()
+            self.process.wait()
 
 
 def _serve(spec: dict[str, Any]) -> None:

@@ -546,28 +546,83 @@ def _written_as(pairs: list[str]) -> dict[str, tuple[str, ...]] | None:
     return {"yes": tuple(yes for yes, _ in parts), "no": tuple(no for _, no in parts)} if parts else None
 
 
-@app.command(epilog="Example: evlecg export runs/latest --out student")
+@app.command(
+    epilog="Examples: evlecg export runs/latest --out student · "
+    "evlecg export runs/latest --format onnx --dtype int8 --cost --out student-int8 "
+    "(then python -m evlecg.run student-int8 record.hea, without torch) · "
+    "evlecg export runs/latest --out student --push-to-hub owner/name",
+)
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
-    dtype: Annotated[str, typer.Option(help="auto (as trained), float32, bfloat16 or float16.")] = "auto",
+    format: Annotated[str, typer.Option(help="safetensors, onnx, openvino or gguf.")] = "safetensors",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, fp32, bf16, fp16; of onnx also int8, int8-static (calibrated), int4."),
+    ] = "auto",
+    data: Annotated[
+        str | None, typer.Option(help="Dataset name or prepared folder for the gate (default: the run's).")
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option(help="Gate: points of AUROC that a label, or their mean, may lose (exit code 3).", min=0)
+    ] = 0.5,
+    max_records: Annotated[int, typer.Option(help="Gate: validation records at most.", min=1)] = 1000,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Score validation again, in the export's own runtime.")
+    ] = True,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Measure size, FLOPs, latency and memory beside student and teacher.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of a safetensors file.")] = "5GB",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the export to a model hub (private).")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the student alone, reload it with plain transformers and compare logits."""
+    """Write the student alone, load it in its own runtime, and score it beside the run's."""
     from evlecg.export import export as job
+    from evlecg.export import push
 
+    progress = _progress(quiet, verbose)
     result = job(
-        run, out=out, format=format, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
-        progress=_progress(quiet, verbose),
+        run, out=out, format=format, dtype=dtype, data=_gate_data(run, data, progress) if gate else None,
+        max_drop_points=max_drop, most_records=max_records, cost=cost, max_shard_size=max_shard_size,
+        overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
+    pushed = push(out, push_to_hub, progress=progress) if push_to_hub else None
     if as_json:
-        return _print_json(result.to_dict())
+        return _print_json(result.to_dict() | {"pushed": pushed})
     typer.echo(f"student: {result.weights} ({result.n_parameters:,} parameters, {result.n_bytes:,} bytes)")
+    proof = result.proof
+    if proof is not None and proof.original:
+        worst, points = proof.worst
+        typer.echo(f"gate: {proof.n_records} validation records, largest drop {points:.2f} points of AUROC ({worst})")
+    for command in result.commands:
+        typer.echo(f"left to do: {command}")
+    if pushed:
+        typer.echo(f"pushed: {pushed}")
+
+
+def _gate_data(run: Path, given: str | None, progress: Progress) -> Path:
+    """The prepared folder that an export is scored on: the one that is named, else the run's."""
+    from evlecg.pipeline import named_data
+    from evlecg.recipe import load_recipe
+
+    if given is not None:
+        return named_data(given, progress=progress)
+    recipe = run / "recipe.yaml"
+    folder = load_recipe(str(recipe), {}).data.dir if recipe.is_file() else None
+    try:
+        if folder is None:
+            raise EvlecgError("the run does not say which data it was trained on", where=run)
+        return named_data(folder, load_recipe(str(recipe), {}), progress)
+    except EvlecgError as error:
+        raise EvlecgError(f"the gate needs the run's data: {error.what}", where=error.where or run,
+                          hint="--data DIR, or --no-gate") from error  # fmt: skip
 
 
 def main() -> None:

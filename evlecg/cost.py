@@ -59,7 +59,7 @@ def measure_calls(loaded: Loaded, calls: Sequence[Callable[[], object]], *, n_qu
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_of_process()
     return Cost(
         parameters=loaded.n_parameters,
-        flops=_flops(loaded.model, chosen[0]),
+        flops=count_flops(loaded.model, chosen[0]),
         latency_ms=float(np.median(timed_ms)),
         latency_p95_ms=float(np.percentile(timed_ms, 95)),
         peak_memory_bytes=peak,
@@ -73,8 +73,11 @@ def measure_calls(loaded: Loaded, calls: Sequence[Callable[[], object]], *, n_qu
     )  # fmt: skip
 
 
-def _flops(model: Any, call: Callable[[], object]) -> int | None:
-    """None where attention cannot be made eager: fused attention is not counted everywhere."""
+def count_flops(model: Any, call: Callable[[], object]) -> int | None:
+    """FLOPs of a call that runs the model, a multiplication and an addition counted as two.
+
+    None where attention cannot be made eager: fused attention is not counted everywhere.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     model = model if hasattr(model, "set_attn_implementation") else getattr(model, "model", model)  # a classifier

@@ -139,7 +139,10 @@ def run_line(
     exported = None
     if finish.export:
         trust = recipe.trust_remote_code
-        exported = export(out, out=out / "export", overwrite=True, trust_remote_code=trust, progress=progress)
+        gated = data if scored else None
+        exported = export(
+            out, out=out / "export", data=gated, overwrite=True, trust_remote_code=trust, progress=progress
+        )
     result = LineResult(run, data, reports, gain, exported)
     write_text_atomic(out / "report" / "comparison.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result

@@ -158,6 +158,12 @@ class Encoder:
         inputs = {key: value for key, value in rows.items() if key not in taken} | side
         return self._side(inputs, built, pages)
 
+    def pixels(self, page: np.ndarray) -> dict[str, Tensor]:
+        """What the processor makes of a page alone: `pixel_values`, and what describes them."""
+        made = self._process([page], [self.text(self.nothing_asked)[1]])
+        ids = made["input_ids"].shape
+        return {key: value for key, value in made.items() if isinstance(value, Tensor) and value.shape != ids}
+
     def answer_ids(self, turn: Turn) -> tuple[int, ...]:
         """Ids of the answer's tokens, in their context."""
         if self.apart is not None:

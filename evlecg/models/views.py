@@ -71,7 +71,7 @@ class ClassifierEncoder:
         classifier: Classifier = loaded.model
         if self.form is None:
             width, height = size_px or wanted_page_size(loaded.processor)
-            pixels = self._pixels([np.full((height, width, 3), 255, np.uint8)])
+            pixels = self.pixels([np.full((height, width, 3), 255, np.uint8)])
             classifier.measure(pixels)
             # drawn as the processor will show it: it then neither squeezes the page nor cuts anything off
             self.size_px = size_px or (pixels["pixel_values"].shape[3], pixels["pixel_values"].shape[2])
@@ -82,7 +82,7 @@ class ClassifierEncoder:
             self.view = self.form
             self.input_name = input_name(classifier.model)
             blank = np.zeros((len(LEADS), self.form.n_samples), np.float32)
-            classifier.measure(self._signals([blank], [self.form.n_samples]))
+            classifier.measure(self.arranged(torch.from_numpy(blank)[None], torch.tensor([self.form.n_samples])))
             self._lead_N, self._samples_N2 = token_spans(classifier, self.form)
         self.n_tokens = classifier.n_tokens
 
@@ -113,10 +113,11 @@ class ClassifierEncoder:
         pages = [view for view in views if isinstance(view, Page)]
         traces = [view for view in views if isinstance(view, Trace)]
         if self.form is None:
-            inputs = self._pixels([page.pixels for page in pages])
+            inputs = self.pixels([page.pixels for page in pages])
             boxes = [page.layout.to_paper(self._box_N4) for page in pages]
         else:
-            inputs = self._signals([trace.signal_LT for trace in traces], [trace.n_recorded for trace in traces])
+            signal_BLT = torch.from_numpy(np.stack([trace.signal_LT for trace in traces]))
+            inputs = self.arranged(signal_BLT, torch.tensor([trace.n_recorded for trace in traces]))
             boxes = [self._trace_boxes(trace) for trace in traces]
         assert len(boxes) == len(views) == len(turns)
         n, most = self.n_tokens, max(len(row) for row in turns)
@@ -150,7 +151,8 @@ class ClassifierEncoder:
             answer_label_A=torch.tensor(labels),
         )
 
-    def _pixels(self, pages: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    def pixels(self, pages: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """What the image processor makes of pages."""
         from PIL import Image
 
         found = self.processor(images=[Image.fromarray(page) for page in pages], return_tensors="pt")
@@ -164,7 +166,7 @@ class ClassifierEncoder:
         ramp_HW3[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
         ramp_HW3[..., 2] = 255  # tells the page from what the processor pads with
         seen, dark, light = (
-            self._pixels([page])["pixel_values"][0].double().numpy()
+            self.pixels([page])["pixel_values"][0].double().numpy()
             for page in (ramp_HW3, np.zeros_like(ramp_HW3), np.full_like(ramp_HW3, 255))
         )
         low, high = dark.min((1, 2), keepdims=True), light.max((1, 2), keepdims=True)
@@ -187,16 +189,22 @@ class ClassifierEncoder:
                     boxes[row, column, axis + 2] = min(value.max() + half_px, 1)
         return boxes.reshape(-1, 4)
 
-    def _signals(self, signals: Sequence[np.ndarray], n_recorded: Sequence[int]) -> dict[str, Tensor]:
+    def arranged(self, signal_BLT: Tensor, n_recorded_B: Tensor | None) -> dict[str, Tensor]:
+        """Signals in the model's form as its inputs.
+
+        Args:
+            signal_BLT: [B, 12, T].
+            n_recorded_B: samples before the padding; only the time-series families read it.
+        """
         assert self.form is not None
-        signal_BLT = torch.from_numpy(np.stack(signals))
         if self.input_name == "past_values":  # the time-series families: time first, gaps marked
-            seen_BLT = (torch.arange(self.form.n_samples) < torch.tensor(n_recorded)[:, None])[:, None]
+            assert n_recorded_B is not None
+            seen_BLT = (torch.arange(self.form.n_samples) < n_recorded_B[:, None])[:, None]
             seen_BLT = seen_BLT.expand_as(signal_BLT)
             if self.form.leads == "apart":
                 signal_BLT, seen_BLT = (value.reshape(-1, 1, self.form.n_samples) for value in (signal_BLT, seen_BLT))
             return {"past_values": signal_BLT.transpose(1, 2), "past_observed_mask": seen_BLT.transpose(1, 2)}
-        shape = {"flattened": (len(signals), -1), "apart": (-1, self.form.n_samples)}.get(self.form.leads)
+        shape = {"flattened": (signal_BLT.shape[0], -1), "apart": (-1, self.form.n_samples)}.get(self.form.leads)
         return {self.input_name: signal_BLT.reshape(shape) if shape else signal_BLT}
 
     def _trace_boxes(self, trace: Trace) -> np.ndarray:

@@ -124,12 +124,13 @@ class _OnnxGraph:
         self.names = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(zip(self.names, self.session.run(None, dict(feed)), strict=True))
+        found: Any = self.session.run(None, dict(feed))
+        return dict(zip(self.names, found, strict=True))
 
 
 class _OpenvinoGraph:
     def __init__(self, path: Path, threads: int | None) -> None:
-        import openvino
+        import openvino  # type: ignore[import-not-found]
 
         core = openvino.Core()
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -225,7 +226,7 @@ class Student:
         if self.kind == "text":
             return self._likelihoods(np.stack([page.pixels for page in views]))
         if self.form is not None:
-            feed = {"signal": np.stack([view.signal_LT for view in views]).astype(np.float32)}
+            feed: dict[str, np.ndarray] = {"signal": np.stack([view.signal_LT for view in views]).astype(np.float32)}
             if self.told["reads_n_recorded"]:
                 feed["n_recorded"] = np.array([view.n_recorded for view in views], np.int64)
         else:

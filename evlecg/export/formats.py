@@ -134,11 +134,13 @@ def _hushed() -> Iterator[None]:
 
 def _trace_onnx(graph: Graph, path: Path) -> None:
     import onnx_ir
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers import exporters
+
+    made: Any = exporters  # names are added when they are asked for
 
     with _hushed():
-        config = OnnxConfig(dynamic_shapes=_dims(graph))
-        program, _ = OnnxExporter().export_program(graph.module, dict(graph.inputs), config)
+        config = made.OnnxConfig(dynamic_shapes=_dims(graph))
+        program, _ = made.OnnxExporter().export_program(graph.module, dict(graph.inputs), config)
     for value in program.graph.inputs:
         dims = [graph.axes.get(value.name, {}).get(axis, size) for axis, size in enumerate(value.shape)]
         value.shape = onnx_ir.Shape(dims)
@@ -166,12 +168,13 @@ def _plain(program: Any) -> None:
 
 
 def _trace_openvino(graph: Graph, path: Path) -> None:
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    from transformers import exporters
 
+    made: Any = exporters  # names are added when they are asked for
     with _hushed():
-        config = OpenVINOConfig(dynamic_shapes=_dims(graph), stateful=False)
-        program, _ = OpenVINOExporter().export_program(graph.module, dict(graph.inputs), config)
-        OpenVINOExporter.save_program(program, path)
+        config = made.OpenVINOConfig(dynamic_shapes=_dims(graph), stateful=False)
+        program, _ = made.OpenVINOExporter().export_program(graph.module, dict(graph.inputs), config)
+        made.OpenVINOExporter.save_program(program, path)
 
 
 _TRACED: dict[str, Callable[[Graph, Path], None]] = {"onnx": _trace_onnx, "openvino": _trace_openvino}
@@ -240,16 +243,18 @@ def _quantise_graph(path: Path, name: str, dtype: str, feeds: list[dict[str, np.
         if dtype == "int4":
             from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-            quantiser = MatMulNBitsQuantizer(onnx.load(path), block_size=INT4_BLOCK, is_symmetric=True,
+            quantiser: Any = MatMulNBitsQuantizer(onnx.load(path), block_size=INT4_BLOCK, is_symmetric=True,
                                              accuracy_level=4, nodes_to_exclude=left_out)  # fmt: skip
             quantiser.process()
-            quantiser.model.save_model_to_file(str(made), use_external_data_format=False)
+            quantised: Any = quantiser.model
+            quantised.save_model_to_file(str(made), use_external_data_format=False)
         elif dtype == "int8" or name == "embed" or not feeds:  # a table of words has nothing to calibrate
             kinds = ["Gather"] if name == "embed" else MATMULS
             quantize_dynamic(path, made, op_types_to_quantize=kinds, per_channel=name != "embed",
                              weight_type=QuantType.QUInt8, nodes_to_exclude=left_out)  # fmt: skip
         else:
-            quantize_static(path, made, _Reader(feeds), quant_format=QuantFormat.QDQ, op_types_to_quantize=MATMULS,
+            reader: Any = _Reader(feeds)  # anything with get_next
+            quantize_static(path, made, reader, quant_format=QuantFormat.QDQ, op_types_to_quantize=MATMULS,
                             per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QUInt8,
                             nodes_to_exclude=left_out)  # fmt: skip
         for old in path.parent.glob(f"{path.name}*"):

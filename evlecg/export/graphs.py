@@ -144,7 +144,8 @@ class VisionGraph(nn.Module):
         pixels = self.pixels(page).to(self.model.dtype)
         n = page.shape[0]
         if "pixel_attention_mask" in self.given:  # Idefics3's kind: every tile is real, so none is sorted out
-            mask = self.patch_mask[None].expand(n, -1, -1, -1).flatten(0, 1)
+            patches: Any = self.patch_mask
+            mask = patches[None].expand(n, -1, -1, -1).flatten(0, 1)
             states = self.base.vision_model(pixel_values=pixels.flatten(0, 1), patch_attention_mask=mask)
             visual = self.projector(states.last_hidden_state)
         elif "image_grid_thw" in self.given:
@@ -156,7 +157,7 @@ class VisionGraph(nn.Module):
     def _of_grid(self, pixels: Tensor, n: Any) -> Tensor:
         """Qwen's kind: patches of all pages in one row; what follows from their grid is given, not computed."""
         grid = self.given["image_grid_thw"].expand(n, -1)
-        positions = self.grid_position_ids
+        positions: Any = self.grid_position_ids
         each = positions.shape[0]
         given = {
             "position_ids": positions[None].expand(n, *positions.shape).flatten(0, 1),
@@ -266,7 +267,8 @@ class DecoderGraph(nn.Module):
         given = {self.cache_key: cache}
         result = self.decoder(inputs_embeds=states, attention_mask=mask, position_ids=position_ids, use_cache=True,
                               **given)  # fmt: skip
-        return result.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        return result.last_hidden_state, [(layer.keys, layer.values) for layer in layers]
 
 
 class PageClassifierGraph(nn.Module):

@@ -88,11 +88,15 @@ class Pixels(nn.Module):
             values = views[self._whole].permute(0, 3, 1, 2).reshape(-1, *self.shape)
             return self._scaled(values)
         flat = torch.cat([view.flatten(1) for view in views], 1) if len(views) > 1 else views[0].flatten(1)
-        index = self.first[:, None] + self.offset[self.pattern]
+        first, offset, pattern = self.first, self.offset, self.pattern
+        assert isinstance(first, Tensor) and isinstance(offset, Tensor) and isinstance(pattern, Tensor)
+        index = first[:, None] + offset[pattern]
         return self._scaled(flat[:, index.flatten()].reshape(-1, *self.shape))
 
     def _scaled(self, values: Tensor) -> Tensor:
-        values = values * self.factor + self.constant
+        factor, constant = self.factor, self.constant
+        assert isinstance(factor, Tensor) and isinstance(constant, Tensor)
+        values = values * factor + constant
         return values.squeeze(1) if self.shape[0] == 1 else values.flatten(0, 1)
 
     def _whole_view(self, index_E: Tensor) -> int | None:
@@ -146,7 +150,9 @@ class Pixels(nn.Module):
         for page in (noise, ramp.astype(np.uint8)):
             wanted = process(page)["pixel_values"]
             found = self(torch.from_numpy(page)[None])
-            level = self.factor.abs().clamp_min(1e-12).expand(self.shape).reshape(found.shape)
+            factor = self.factor
+            assert isinstance(factor, Tensor)
+            level = factor.abs().clamp_min(1e-12).expand(self.shape).reshape(found.shape)
             if wanted.shape != found.shape or float(((wanted - found).abs() / level).max()) > allowed:
                 raise EvlecgError("what the image processor does to a page cannot be written into a graph", where=where,
                                   hint="it does more than resize, cut, pad and scale; please report it")  # fmt: skip

@@ -34,7 +34,7 @@ def questions_of(loaded: Loaded, trained: TrainedWith) -> list[Question]:
     """
     labels = trained.labels
     if loaded.checkpoint.kind != "text":
-        labels = {label: labels.get(label, label) for label in loaded.model.rows}
+        labels = {label: labels.get(label) or label for label in loaded.model.rows if label}
     if not labels:
         raise EvlecgError("the run knows no labels that a runner could answer", where=loaded.checkpoint.name,
                           hint="--format safetensors")  # fmt: skip

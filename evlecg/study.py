@@ -1,10 +1,10 @@
 """A study: pairs x methods x training sizes x seeds, tuned on validation records and told on test records.
 
 Every cell is an ordinary run of `evlecg distill` in a process of its own, so a study can be killed and repeated: cells
-that are done are read, not run again. Two stages. *Tune*: every method tries its own grid, no more than `budget`
-configurations, and is judged by macro AUC on the validation split. *Final*: the best configuration of every method is
-trained with every seed and scored on the test split, which nothing has seen before. `results.json` holds every cell,
-the failed ones too, and is all that the table is made from.
+that are done are read, not run again. What a teacher gives is computed once a pair (`OUT/caches`). Two stages. *Tune*:
+every method tries its own grid, no more than `budget` configurations, and is judged by macro AUC on the validation
+split. *Final*: the best configuration of every method is trained with every seed and scored on the test split, which
+nothing has seen before. `results.json` holds every cell, the failed ones too, and is all that the table is made from.
 """
 
 from __future__ import annotations
@@ -331,6 +331,10 @@ def _run_cell(study: Study, cell: Cell, out: Path, data: str, threads: int) -> d
         "finish.teacher": False, "finish.export": False, "finish.eval_split": split, "log.figures": False,
         "finish.thresholds_from": "none",  # a cell is one AUC: nothing is chosen on validation
     }  # fmt: skip
+    layer = load_recipe(study.recipe, keys).objective.visual_layer
+    # the teacher runs once a pair; what it gave is kept as it was, so that no cell depends on which came first
+    cache = (out / "caches" / (cell.pair if layer == -1 else f"{cell.pair}-layer{layer}")).resolve()
+    keys |= {"cache.dir": str(cache), "cache.compression": "none", "cache.several_prompts": True}
     recipe = load_recipe(study.recipe, keys)
     write_text_atomic(folder / "recipe.yaml", recipe.to_yaml())
     run = folder / "run"

@@ -588,8 +588,9 @@ def export(
     from evlecg.export import push
 
     progress = _progress(quiet, verbose)
+    gated = _gate_data(run, data, progress) if gate and (run / "run.json").is_file() else None
     result = job(
-        run, out=out, format=format, dtype=dtype, data=_gate_data(run, data, progress) if gate else None,
+        run, out=out, format=format, dtype=dtype, data=gated,
         max_drop_points=max_drop, most_records=max_records, cost=cost, max_shard_size=max_shard_size,
         overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
@@ -608,21 +609,22 @@ def export(
 
 
 def _gate_data(run: Path, given: str | None, progress: Progress) -> Path:
-    """The prepared folder that an export is scored on: the one that is named, else the run's."""
-    from evlecg.pipeline import named_data
+    """The prepared folder that an export is scored on: the one that is named, else the run's, known by its content."""
+    from evlecg.data.store import Prepared, is_prepared
+    from evlecg.pipeline import data_roots, named_data
     from evlecg.recipe import load_recipe
 
     if given is not None:
         return named_data(given, progress=progress)
-    recipe = run / "recipe.yaml"
-    folder = load_recipe(str(recipe), {}).data.dir if recipe.is_file() else None
-    try:
-        if folder is None:
-            raise EvlecgError("the run does not say which data it was trained on", where=run)
-        return named_data(folder, load_recipe(str(recipe), {}), progress)
-    except EvlecgError as error:
-        raise EvlecgError(f"the gate needs the run's data: {error.what}", where=error.where or run,
-                          hint="--data DIR, or --no-gate") from error  # fmt: skip
+    made = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
+    named = load_recipe(str(run / "recipe.yaml"), {}).data.dir
+    folders = [Path(named)] if named else []
+    folders += [item.parent for root in data_roots() for item in sorted(root.glob("*/manifest.json"))]
+    for folder in folders:
+        if is_prepared(folder) and Prepared.open(folder).fingerprint == made:
+            return folder
+    raise EvlecgError("the data that the run was trained on is neither where it was nor in ./data", where=run,
+                      hint="--data DIR, or --no-gate")  # fmt: skip
 
 
 def main() -> None:

@@ -179,6 +179,7 @@ def test_a_yes_is_as_long_as_a_no():
     assert lengths == [5, 5, 4 + 5 + 4 + 2]
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_the_same(checkpoints, synthetic, tmp_path):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler")

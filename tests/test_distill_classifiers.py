@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -58,7 +59,7 @@ def trained(run, student):
     found = rows(run)
     assert len(found) == 2
     for row in found:
-        assert set(row["terms"]) == {"ce", "mhca", "anchor", "rel", "ot"}
+        assert set(row["terms"]) == {"ce", "mhca", "anchor", "rel", "ot", "rec_answer", "rec_visual"}
         assert all(math.isfinite(value) for value in row["terms"].values())
         assert all(row["gradients"][name] > 0 for name in ("ce", "mhca", "rel", "ot")), (student, row["gradients"])
 
@@ -111,10 +112,14 @@ def test_a_small_classifier_learns(models, synthetic, tmp_path, student):
 
 
 def test_a_run_is_resumed_and_a_student_trains_on(models, synthetic, tmp_path):
-    chosen = recipe(models, "llava", "patchtst", *ALL_TERMS, "checkpoint.every=1")
+    chosen = recipe(models, "llava", "patchtst", *ALL_TERMS, "checkpoint.every=1", "checkpoint.keep_last=2")
     distill(chosen, data=synthetic, out=tmp_path / "run")
-    longer = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, max_steps=3))
-    assert distill(longer, data=synthetic, out=tmp_path / "run", resume=True).steps == 3
+    whole = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    for gone in ("student", "checkpoints/step-00000002"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    assert distill(chosen, data=synthetic, out=tmp_path / "run", resume=True).steps == 2
+    resumed = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert all(bool((resumed[name] == whole[name]).all()) for name in whole)
     again = dataclasses.replace(chosen, student=str(tmp_path / "run"), teacher="none")
     before = load_file(tmp_path / "run" / "student" / "model.safetensors")["head.linear.weight"]
     loaded = load(inspect(again.student), labels=("MI", "NORM"))

@@ -108,6 +108,7 @@ def test_a_balanced_run_logs_the_gradients_it_asked_for_and_resumes_with_its_sca
         "objective.balance_every=1",
         "objective.lambda_ot=0.2",
         "objective.lambda_r=3",
+        "objective.lambda_rec=0",
         "log.gradients_every=1",
         "train.epochs=1",
         "checkpoint.every=2",

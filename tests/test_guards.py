@@ -166,7 +166,7 @@ def test_a_teacher_in_training_mode_is_refused(checkpoints):
         check_teacher(SimpleNamespace(teacher=teacher))
     teacher.model.train()
     with pytest.raises(RunFailed, match="in training mode"):
-        live(SimpleNamespace(teacher=None))
+        live.of(SimpleNamespace())
 
 
 def test_the_death_of_a_loader_process_is_told(checkpoints, synthetic, tmp_path):

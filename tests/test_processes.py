@@ -38,7 +38,7 @@ def recipe(checkpoints: dict[str, Path], batch_size: int, *sets: str, method: st
     chosen = {
         "teacher": str(checkpoints["llava"]), "student": str(checkpoints[student]), "method": method,
         "train.batch_size": batch_size, "train.epochs": 1, "train.lr": 1e-4, "log.every": 1, "log.figures": False,
-        "threads": 1, "data.max_train": N_TRAIN,
+        "threads": 1, "data.max_train": N_TRAIN, "objective.lambda_rec": 0,
     }  # fmt: skip
     return load_recipe(None, chosen | parse_set([*QUESTIONS, *sets]))
 

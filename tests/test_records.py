@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from evlecg.losses.objective import EvlObjective
-from evlecg.losses.records import answer_relation, by_question, first_rows, place_relation, question_states
+from evlecg.losses.records import (
+    answer_relation,
+    by_question,
+    first_rows,
+    of_neighbours,
+    place_relation,
+    question_states,
+)
 from evlecg.losses.relation import relation_loss
 from evlecg.recipe import ObjectiveConfig, RecordsConfig, RelationConfig
 from evlecg.schema import Batch, ModelFacts
@@ -53,6 +60,11 @@ def test_the_same_question_stands_side_by_side() -> None:
     assert [row[:n].tolist() for row, n in zip(grouped[..., 0], mask.sum(1), strict=True)] == [[0, 3], [1, 2, 5], [4]]
     nothing, none = by_question(states[:0], asked[:0])
     assert nothing.shape == (0, 0, 1) and none.shape == (0, 0)
+
+
+def test_neighbours_are_asked_the_same() -> None:
+    states, asked = torch.arange(6.0)[:, None], torch.tensor([0, 1, 1, 0, 2, 1])
+    assert of_neighbours(states, asked)[:, 0].tolist() == [3, 2, 5, 0, 4, 1]
 
 
 def test_answers_against_plain_loops() -> None:

@@ -32,7 +32,7 @@ from evlecg.losses.alignment import (
     visual_states,
 )
 from evlecg.losses.baselines import BASELINES, Baseline
-from evlecg.losses.records import answer_relation, first_rows, place_relation, question_states
+from evlecg.losses.records import answer_relation, first_rows, of_neighbours, place_relation, question_states
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
 from evlecg.losses.terms import answer_accuracy, answer_count, answer_cross_entropy, frozen_reading, weighted
@@ -239,9 +239,17 @@ class EvlObjective(nn.Module):
             found["rec_visual"] = ((masks[0] & masks[1]).sum(0) > 1).sum()
         return found
 
-    def _terms(self, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module) -> _Terms:
-        """Every distillation term, before weighting."""
-        terms = _Terms()
+    def _terms(
+        self, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module, *, rolled: bool = False
+    ) -> _Terms:
+        """Every distillation term, before weighting.
+
+        Args:
+            student, teacher, batch, output_head: as for `forward`.
+            rolled: every student meets the teacher of the next record in its place.
+        """
+        terms, values = _Terms(), self._answers(student, teacher, batch, rolled=rolled)
+        teacher = _rolled(teacher) if rolled else teacher
         if self.aligner is not None:
             terms = self._alignment(self.aligner, student, teacher, batch, output_head)
         if self.projection is not None:
@@ -250,21 +258,26 @@ class EvlObjective(nn.Module):
         if self.uses_relation:
             loss, cell_mask_BC = self._relation(student, teacher, terms.aligned_BSD)
             terms = replace(terms, values={**terms.values, "rel": loss}, cell_mask_BC=cell_mask_BC)
-        return replace(terms, values={**terms.values, **self._records(student, teacher, batch)})
-
-    def _records(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Relations among the records of the batch: at the same question, at the same cell of the page."""
-        config = self.config.records
-        weights, found = {"distance": config.distance, "cosine": config.cosine}, {}
-        if self.uses_answers and batch.asked_Q is not None:
-            ours_QD, theirs_QE = (question_states(out.hidden_BSD, out.side) for out in (student, teacher))
-            found["rec_answer"] = answer_relation(ours_QD, theirs_QE, batch.asked_Q, **weights)
         if self.uses_places:
+            config = self.config.records
             (ours_RCD, mask_RC), (theirs_RCE, their_mask_RC) = (
                 self._places(outputs.side, _tokens(outputs, config.features), batch) for outputs in (student, teacher)
             )
-            found["rec_visual"] = place_relation(ours_RCD, theirs_RCE, mask_RC & their_mask_RC, **weights)
-        return found
+            values["rec_visual"] = place_relation(
+                ours_RCD, theirs_RCE, mask_RC & their_mask_RC, distance=config.distance, cosine=config.cosine
+            )
+        return replace(terms, values={**terms.values, **values})
+
+    def _answers(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool) -> dict[str, Tensor]:
+        """Relations among the records of the batch at the same question."""
+        if not self.uses_answers or batch.asked_Q is None:
+            return {}
+        config = self.config.records
+        ours_QD, theirs_QE = (question_states(outputs.hidden_BSD, outputs.side) for outputs in (student, teacher))
+        if rolled:
+            theirs_QE = of_neighbours(theirs_QE, batch.asked_Q)
+        loss = answer_relation(ours_QD, theirs_QE, batch.asked_Q, distance=config.distance, cosine=config.cosine)
+        return {"rec_answer": loss}
 
     def _places(self, side: Side, tokens_BND: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Visual tokens [R, C, D] of every record, pooled into cells, and which cells it has."""
@@ -400,7 +413,7 @@ class EvlObjective(nn.Module):
         if terms.cell_mask_BC is not None:
             found["rel_cells"] = float(terms.cell_mask_BC.sum(1).float().mean())
         if len(teacher.hidden_BSD) > 1:
-            rolled = self._terms(student, _rolled(teacher), batch, output_head)
+            rolled = self._terms(student, teacher, batch, output_head, rolled=True)
             for name, value in terms.values.items():
                 found[f"{name}_rolled_gap"] = float(rolled.values[name] - value)
         return {name: value for name, value in found.items() if value is not None}

@@ -51,6 +51,16 @@ def by_question(states_QD: Tensor, asked_Q: Tensor) -> tuple[Tensor, Tensor]:
     return states_GRD, torch.arange(n_records, device=asked_Q.device)[None] < count_G[:, None]
 
 
+def of_neighbours(states_QD: Tensor, asked_Q: Tensor) -> Tensor:
+    """States [Q, D] of another record that was asked the same question, in place of a record's own."""
+    order_Q = asked_Q.argsort(stable=True)
+    _, group_Q, count_G = asked_Q[order_Q].unique_consecutive(return_inverse=True, return_counts=True)
+    start_Q = (count_G.cumsum(0) - count_G)[group_Q]
+    place_Q = torch.arange(len(asked_Q), device=asked_Q.device)
+    next_Q = order_Q[start_Q + (place_Q - start_Q + 1) % count_G[group_Q]]
+    return states_QD[next_Q[order_Q.argsort()]]
+
+
 def answer_relation(
     student_QD: Tensor, teacher_QE: Tensor, asked_Q: Tensor, *, distance: float, cosine: float
 ) -> Tensor:

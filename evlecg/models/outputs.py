@@ -51,8 +51,11 @@ def forward(
     if bool((side.block_BS > 1).any()):
         inputs["attention_mask"] = _tree_masks(loaded, side, _dtype(model))
         inputs["position_ids"] = model_positions(loaded, side)
-    if "logits_to_keep" in forward_keys:
-        inputs["logits_to_keep"] = 1  # the losses read theirs off the states, a few at a time
+    head = AnswerHead(loaded)
+    whole = not _in_shards(head)
+    keep_U, place_A = torch.unique(predict_A2[:, 1] - 1, return_inverse=True)
+    if "logits_to_keep" in forward_keys:  # the losses read theirs off the states, a few at a time
+        inputs["logits_to_keep"] = 1 if whole else keep_U
     with (
         _last_attention(loaded) if attention else contextlib.nullcontext({}) as seen,
         _final_states(loaded.model) as final,
@@ -60,19 +63,29 @@ def forward(
         result = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=True)
     layers = [_one_stream(layer, side.valid_BS) for layer in result.hidden_states]
     layers[-1:] = final[-1:] or layers[-1:]
+    if whole:
+        answer_logits = _read_by(head, layers[-1][predict_A2[:, 0], predict_A2[:, 1] - 1], side)
+    else:  # shards come together inside the model's own forward pass only
+        logits_BUV = result.logits if "logits_to_keep" in forward_keys else result.logits[:, keep_U]
+        answer_logits = AnswerLogits(logits_BUV[predict_A2[:, 0], place_A])
     return Outputs(
         hidden_BSD=layers[-1],
         visual_BND=gather_visual(layers[visual_layer], side.visual_BS),
         projected_BND=gather_visual(layers[loaded.checkpoint.family.projected_layer], side.visual_BS),
-        answer_logits=_answer_logits(loaded, layers[-1][predict_A2[:, 0], predict_A2[:, 1] - 1], side),
+        answer_logits=answer_logits,
         side=side,
         attention={name: gather_visual(states_BSD, side.visual_BS) for name, states_BSD in seen.items()},
     )
 
 
-def _answer_logits(loaded: Loaded, states_AD: Tensor, side: Side) -> AnswerLogits:
+def _in_shards(module: nn.Module) -> bool:
+    """Whether this process holds a part of a module's weights only (FSDP2, ZeRO-3)."""
+    return any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in module.parameters())
+
+
+def _read_by(head: AnswerHead, states_AD: Tensor, side: Side) -> AnswerLogits:
     """What the model's own head reads off the states before its answers, in the precision that the model ran in."""
-    head, kind = AnswerHead(loaded), states_AD.device.type
+    kind = states_AD.device.type
     autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
 
     def read(states_RD: Tensor, rows_R: Tensor | slice) -> Tensor:

@@ -40,7 +40,9 @@ class LiveTeacher:
     @torch.no_grad()
     def of(self, side: Side) -> Outputs:
         """What it gives for its half of a batch."""
-        assert not self.loaded.model.training
+        if self.loaded.model.training:
+            raise RunFailed("the teacher is in training mode: dropout would make its outputs noise",
+                            where=self.loaded.checkpoint.name, hint="call eval() on it")  # fmt: skip
         return forward(self.loaded, side, visual_layer=self.visual_layer, attention=self.attention)
 
 

@@ -231,7 +231,7 @@ def load_teacher(recipe: Recipe, checkpoint: models.Checkpoint, processor: Any, 
     )  # fmt: skip
     if not train.teacher_bits and not train.teacher_device_map:
         loaded.model.to(device)
-    loaded.model.eval()
+    loaded.model.eval().requires_grad_(False)
     return loaded
 
 

@@ -112,7 +112,7 @@ def on_processes(work: Any, *arguments: Any, processes: int = 2) -> Any:
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert len(found["rows"]) == len(expected["rows"])
     for mine, theirs in zip(found["rows"], expected["rows"], strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["terms"] == pytest.approx(theirs["terms"], abs=1e-4)
     # AdamW makes whole steps of the rounding in gradients near zero, so that later ones start from other weights
     first, wanted = found["gradients"][0], expected["gradients"][0]
@@ -169,8 +169,8 @@ def test_two_processes_are_one_with_the_same_global_batch(checkpoints, synthetic
     found = on_processes(trained, recipe(checkpoints, 4, *TERMS), synthetic)
     assert len(found["rows"]) == 3
     assert_same(found, expected)
-    for mine, theirs in zip(found["rows"][::2], expected["rows"][::2], strict=True):
-        assert mine["gradients"] == pytest.approx(theirs["gradients"], rel=1e-4)
+    for place, rel in ((0, 1e-5), (2, 1e-3)):
+        assert found["rows"][place]["gradients"] == pytest.approx(expected["rows"][place]["gradients"], rel=rel)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("seqkd", "rkd", "dskd")])

@@ -67,6 +67,8 @@ def failures_told(out: Path) -> Iterator[None]:
     """
     try:
         yield
+    except (ConnectionError, EOFError) as error:  # a worker that died while it handed a batch over
+        raise _died(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -81,10 +83,15 @@ def failures_told(out: Path) -> Iterator[None]:
                 "a loader process ran out of shared memory",
                 ("enlarge /dev/shm (docker run --shm-size=8g), or set train.workers=0"),
             )
-        else:
-            what, hint = "a loader process died", "out of memory? fewer train.workers need less"
-        raise RunFailed(f"{what}: {said.splitlines()[0]}", where="train.workers",
-                        hint=f"{hint}; then go on with --resume") from error  # fmt: skip
+            raise RunFailed(f"{what}: {said.splitlines()[0]}", where="train.workers",
+                            hint=f"{hint}; then go on with --resume") from error  # fmt: skip
+        raise _died(said) from error
+
+
+def _died(said: str) -> RunFailed:
+    return RunFailed(f"a loader process died: {said.splitlines()[0] if said else 'without a word'}",
+                     where="train.workers",
+                     hint="out of memory? fewer train.workers need less; then go on with --resume")  # fmt: skip
 
 
 def check_teacher(job: Job) -> None:

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the job is a bash script")
 def test_a_month_is_accepted_and_a_worse_one_is_not(tmp_path):
     def month(name: str, **settings: str) -> int:

@@ -84,6 +84,7 @@ def test_the_shipped_studies_are_valid():
         find_study("methods1")
 
 
+@pytest.mark.slow
 def test_a_whole_study_goes_on_where_it_stopped(checkpoints, synthetic, tmp_path):
     tree = {
         "name": "whole", "recipe": "quickstart", "seeds": [1],

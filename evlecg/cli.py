@@ -588,7 +588,8 @@ def export(
     from evlecg.export import push
 
     progress = _progress(quiet, verbose)
-    gated = _gate_data(run, data, progress) if gate and (run / "run.json").is_file() else None
+    there = (run / "student").is_dir()  # otherwise the job says what is wrong
+    gated = _gate_data(run, data, progress) if gate and there else None
     result = job(
         run, out=out, format=format, dtype=dtype, data=gated,
         max_drop_points=max_drop, most_records=max_records, cost=cost, max_shard_size=max_shard_size,
@@ -616,6 +617,9 @@ def _gate_data(run: Path, given: str | None, progress: Progress) -> Path:
 
     if given is not None:
         return named_data(given, progress=progress)
+    if not (run / "run.json").is_file():
+        raise EvlecgError("the run does not say which data it was trained on", where=run,
+                          hint="--data DIR, or --no-gate")  # fmt: skip
     made = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
     named = load_recipe(str(run / "recipe.yaml"), {}).data.dir
     folders = [Path(named)] if named else []

@@ -47,6 +47,14 @@ class Disturbing(Heard):
         yield advance
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """Shells that start tests in the background have them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_run_goes_on(checkpoints, synthetic, tmp_path, number, code):
     sets = ("train.epochs=1", "evaluate.every=2", "evaluate.keep=last")

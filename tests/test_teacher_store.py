@@ -210,7 +210,8 @@ def test_sigkill_leaves_whole_shards_and_the_next_writer_goes_on(tmp_path):
                 assert file.get_tensor("hidden.data").shape == (N_TOKENS, WIDTH)
         got, _ = store.field(["r0.q.a.1"], "hidden", torch.float32, "cpu")
         assert float((got - entry(0).fields["hidden"]).abs().max()) < 0.05
-    (shards / ".half.safetensors.1234.partial").write_bytes(b"x")
+    for name in (".half.safetensors.1234.partial", ".tmpA1b2C3"):
+        (shards / name).write_bytes(b"x")
     store.start(FACTS)
     assert not list(shards.glob(".*")), "what a killed writer left is swept away by the next"
     assert json.loads((tmp_path / "c" / "cache.json").read_text())["contents"]["rows"] == len(store)

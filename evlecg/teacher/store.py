@@ -304,7 +304,8 @@ class FolderStore:
             (self.path / "shards").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EvlecgError(f"a folder cannot be made: {error.strerror or error}", where=self.path) from error
-        for left in (*self.path.glob(".*.partial"), *(self.path / "shards").glob(".*.partial")):  # a killed writer's
+        # a killed writer's: our own, and the temporary files of safetensors
+        for left in (*self.path.glob(".*.partial"), *(self.path / "shards").glob(".*")):
             left.unlink(missing_ok=True)
         self.write_index()
 

@@ -41,7 +41,7 @@ from evlecg.protocol import (
     score,
 )  # fmt: skip
 from evlecg.protocol.bench import LABELS, OPEN
-from evlecg.recipe import DataConfig, PageConfig, nearest
+from evlecg.recipe import DataConfig, PageConfig, nearest, page_size
 from evlecg.report import Cost, Gates, Report, Robustness, check_gates, counted, environment, write_report
 from evlecg.schema import Question, Sample
 
@@ -312,7 +312,7 @@ class _Answerer:
                  text: TextProtocol) -> None:  # fmt: skip
         from evlecg.models.generate import Generator
 
-        self.generator = Generator(loaded, prepared, page_style(page), size_px=_size(page),
+        self.generator = Generator(loaded, prepared, page_style(page), size_px=page_size(page.student_size),
                                    max_new_tokens=text.max_new_tokens)  # fmt: skip
         self.generator.prove(asked[0].record_index, [_put(entry.question) for entry in asked])
         self.view = self.generator.encoder.size_px
@@ -343,7 +343,9 @@ class _Chooser(_Answerer):
         from evlecg.models.score import Answering, Scorer
 
         answering = Answering(options=text.choose_by or "line", calibration=text.calibration)
-        self.scorer = Scorer(loaded, prepared, page_style(page), size_px=_size(page), answering=answering)
+        self.scorer = Scorer(
+            loaded, prepared, page_style(page), size_px=page_size(page.student_size), answering=answering
+        )
         if isinstance(self.scorer.view, tuple):
             self.view = self.scorer.view
         most = max(asked, key=lambda entry: len(entry.question.choices))
@@ -378,11 +380,6 @@ def _answerer(
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     kind = _Answerer if text.choose_by is None else _Chooser
     return kind(loaded, prepared, asked, page, text)
-
-
-def _size(page: PageConfig) -> tuple[int, int] | None:
-    size = page.student_size
-    return (size[0], size[1]) if size else None
 
 
 def _put(question: Question) -> Turn:

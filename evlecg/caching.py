@@ -9,7 +9,7 @@ from typing import Any
 from evlecg.errors import EvlecgError
 from evlecg.models import load as models
 from evlecg.progress import Progress
-from evlecg.recipe import Recipe
+from evlecg.recipe import Recipe, page_size
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def cache_teacher(recipe: Recipe, *, data: Path, progress: Progress | None = Non
     from evlecg.models.views import encoder_for
     from evlecg.page.render import page_style
     from evlecg.teacher import LiveTeacher
-    from evlecg.training.build import load_teacher, opened, page_size
+    from evlecg.training.build import load_teacher, opened
     from evlecg.training.cache import cache_of, wants_packing
 
     progress = progress or Progress()

@@ -84,6 +84,15 @@ class PageConfig:
     teacher_size: tuple[int, ...] | None = _key(None, "page size for the teacher [width, height]")
 
 
+def page_size(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """A page size of a recipe; None where the processor decides."""
+    if size is None:
+        return None
+    if len(size) != 2 or min(size) < 16:
+        raise EvlecgError(f"a page size is [width, height] in pixels, not {list(size)}", where="page")
+    return size[0], size[1]
+
+
 @dataclass(frozen=True)
 class SignalConfig:
     """How a signal enters a model that reads signals. Null and auto: what the checkpoint, or its family, says."""

@@ -157,6 +157,14 @@ class Side:
     answer_label_A: Tensor | None = None
     row_keys: tuple[str, ...] = ()
 
+    def before_answers(self, values_BSX: Tensor) -> Tensor:
+        """Of something [B, S, ...] that every position has, what stands one before every answer token: [A, ...].
+
+        Of hidden states, those that predict the answer.
+        """
+        row_A, place_A = self.answer_A2.unbind(1)
+        return values_BSX[row_A, place_A - 1]
+
     def with_answers(self, rows_R: Tensor | slice) -> Side:
         """The same half with some of its answer tokens only."""
         label_A = self.answer_label_A
@@ -220,7 +228,7 @@ class Outputs:
         visual_BND: hidden states of the chosen layer at the visual positions, padded on the right; where a text
             attends to visual tokens from outside of it, what it attends to (the same for every layer).
         projected_BND: the projector's output, that is, what enters the language model at those positions.
-        answer_logits: logits that predict the tokens at `Side.answer_A2`; a tensor [A, V] will do.
+        answer_logits: logits that predict the tokens at `Side.answer_A2`.
         side: the half of the batch they were computed from.
         attention: `query`, `key` and `value` [B,N,*] of the last layer at the visual positions, where asked for.
     """
@@ -231,10 +239,6 @@ class Outputs:
     answer_logits: AnswerLogits
     side: Side
     attention: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.answer_logits, AnswerLogits):
-            object.__setattr__(self, "answer_logits", AnswerLogits(self.answer_logits))
 
     @property
     def answer_logits_AV(self) -> Tensor:

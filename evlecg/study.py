@@ -32,7 +32,6 @@ from evlecg.pipeline import training_data
 from evlecg.progress import Progress
 from evlecg.recipe import load_recipe, nearest, recipe_folder
 
-STAGES = ("tune", "final")
 TOLD_ERROR_CHARS = 2000
 
 

@@ -29,7 +29,7 @@ from evlecg.losses.baselines import (
 from evlecg.losses.bridge import END, answer_groups
 from evlecg.losses.objective import METHODS
 from evlecg.recipe import METHOD_NAMES, BaselineConfig, ObjectiveConfig
-from evlecg.schema import Batch, ModelFacts, Outputs, Side
+from evlecg.schema import AnswerLogits, Batch, ModelFacts, Outputs, Side
 from tests.test_alignment import seeded
 from tests.test_distill import recipe, rows, weights
 from tests.test_objective import STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY, frozen, make_batch, make_outputs
@@ -115,8 +115,10 @@ def test_totals_gradients_and_the_share_of_cross_entropy(name):
 def test_no_answers_give_zero_on_the_graph(name):
     batch = make_batch(rows=8)
     empty = {"answer_A2": batch.student.answer_A2[:0], "answer_ids_A": batch.student.answer_ids_A[:0]}
-    student, teacher = (replace(out, side=replace(out.side, **empty), answer_logits=out.answer_logits_AV[:0])
-                        for out in pair(batch))  # fmt: skip
+    student, teacher = (
+        replace(out, side=replace(out.side, **empty), answer_logits=AnswerLogits(out.answer_logits_AV[:0]))
+        for out in pair(batch)
+    )
     terms, _ = run(name, batch, pair_of=(student, teacher))
     assert torch.isfinite(terms.total) and terms.total.requires_grad
     if not {"visual", "attention"} & build(name).needs:
@@ -137,7 +139,7 @@ def test_order_of_records_does_not_matter(name):
         states = {field: getattr(out, field)[order] for field in ("hidden_BSD", "visual_BND", "projected_BND")}
         logits = out.answer_logits_AV.unflatten(0, (8, n))[order].flatten(0, 1)
         attention = {key: value[order] for key, value in out.attention.items()}
-        return replace(out, side=replace(out.side, answer_ids_A=ids, **rows_of), answer_logits=logits,
+        return replace(out, side=replace(out.side, answer_ids_A=ids, **rows_of), answer_logits=AnswerLogits(logits),
                        attention=attention, **states)  # fmt: skip
 
     expected, _ = run(name, batch, pair_of=(student, teacher))
@@ -196,7 +198,9 @@ def test_one_vocabulary_is_compared_whole_and_a_padded_head_does_not_matter():
     batch = make_batch(rows=2)
     batch = replace(batch, teacher=replace(batch.student, answer_ids_A=batch.student.answer_ids_A))
     student, teacher = pair(batch)
-    padded = replace(teacher, answer_logits=torch.cat([teacher.answer_logits_AV, torch.full((4, 3), 5.0)], 1))
+    padded = replace(
+        teacher, answer_logits=AnswerLogits(torch.cat([teacher.answer_logits_AV, torch.full((4, 3), 5.0)], 1))
+    )
     facts = ModelFacts(TEACHER_WIDTH, VOCABULARY + 3, tokens=(*STUDENT_TOKENS, None, None, None))
     objective = build("kl", teacher=facts)
     terms, _ = run("kl", batch, objective=objective, pair_of=(student, padded))

@@ -35,7 +35,7 @@ def make_outputs(side: Side, width: int, *, seed: int, dtype: torch.dtype = torc
         hidden_BSD=leaf(batch, positions, width, offset=0),
         visual_BND=leaf(batch, count, width, offset=1),
         projected_BND=leaf(batch, count, width, offset=2),
-        answer_logits=leaf(len(side.answer_A2), VOCABULARY, offset=3),
+        answer_logits=AnswerLogits(leaf(len(side.answer_A2), VOCABULARY, offset=3)),
         side=side,
     )
 
@@ -43,7 +43,7 @@ def make_outputs(side: Side, width: int, *, seed: int, dtype: torch.dtype = torc
 def frozen(outputs: Outputs) -> Outputs:
     names = ("hidden_BSD", "visual_BND", "projected_BND")
     states = {name: getattr(outputs, name).detach() for name in names}
-    return replace(outputs, answer_logits=outputs.answer_logits_AV.detach(), **states)
+    return replace(outputs, answer_logits=AnswerLogits(outputs.answer_logits_AV.detach()), **states)
 
 
 def make_batch(rows: int = 3) -> Batch:
@@ -383,7 +383,9 @@ def test_order_of_records_does_not_matter() -> None:
     answers = student.answer_logits_AV.unflatten(0, (3, 2))[order].flatten(0, 1)
     shuffled = [replace(out, **{name: getattr(out, name)[order] for name in states}) for out in (student, teacher)]
     expected = objective(student, teacher, batch, output_head=head).values
-    found = objective(replace(shuffled[0], side=side, answer_logits=answers), shuffled[1], batch, output_head=head)
+    found = objective(
+        replace(shuffled[0], side=side, answer_logits=AnswerLogits(answers)), shuffled[1], batch, output_head=head
+    )
     for name, value in expected.items():
         assert_close(found.values[name], value)
 
@@ -402,7 +404,7 @@ def test_nothing_to_learn_from_is_zero_on_the_graph(strict: bool) -> None:
             answer_ids_A=side.answer_ids_A[:0],
             visual_mask_BN=side.visual_mask_BN & False,
         )
-        return replace(outputs, side=side, answer_logits=outputs.answer_logits_AV[:0])
+        return replace(outputs, side=side, answer_logits=AnswerLogits(outputs.answer_logits_AV[:0]))
 
     objective = build(replace(ALL, strict=strict))
     terms = objective(emptied(student), emptied(teacher), batch, output_head=make_head(), diagnose=True)

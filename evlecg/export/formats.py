@@ -30,6 +30,7 @@ from evlecg.export.table import FORMATS
 from evlecg.models import load as models
 from evlecg.models.trained import TrainedWith
 from evlecg.models.views import ClassifierEncoder, encoder_for
+from evlecg.recipe import page_size
 from evlecg.run import RUNNER, Student, open_student
 
 ONE_FILE_BYTES = 1 << 30  # of ONNX: more lies in a .data file beside the graph; protobuf ends at 2 GiB
@@ -74,8 +75,7 @@ def write_graphs(
     Raises:
         EvlecgError: the student's family cannot be cut into graphs, or traced.
     """
-    size = trained.page.student_size
-    encoder = encoder_for(student, size_px=(size[0], size[1]) if size else None)
+    encoder = encoder_for(student, size_px=page_size(trained.page.student_size))
     questions = questions_of(student, trained)
     student.model.eval()
     try:

@@ -20,7 +20,7 @@ from evlecg.export.drawn import Drawn
 from evlecg.metrics import AUROC, Difference, Scored, compare, estimate
 from evlecg.models import load as models
 from evlecg.models.batch import draw
-from evlecg.models.score import Scorer
+from evlecg.models.score import Scorer, scorer_of
 from evlecg.models.trained import TrainedWith
 from evlecg.models.views import View
 from evlecg.page.render import page_style
@@ -90,20 +90,23 @@ class TorchScoring:
     """
 
     def __init__(self, loaded: models.Loaded, records: Any, trained: TrainedWith) -> None:
-        size = trained.page.student_size
-        self.scorer = Scorer(loaded, records, page_style(trained.page), size_px=(size[0], size[1]) if size else None)
-        self.tried = False
+        self.loaded, self.records, self.trained = loaded, records, trained
+        self._scorer: Scorer | None = None
+
+    def scorer(self, samples: Sequence[Sample]) -> Scorer:
+        """The scorer behind it, made when the first samples are known: how it reads questions is tried on them."""
+        if self._scorer is None:
+            self._scorer = scorer_of(self.loaded, self.records, self.trained.page, samples)
+        return self._scorer
 
     def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
-        if not self.tried:
-            self.scorer.prove(max(samples[:64], key=lambda sample: len(sample.questions)))
-            self.tried = True
         found = np.full((len(samples), max(len(sample.questions) for sample in samples)), np.nan)
-        for start in range(0, len(samples), AT_ONCE):
-            batch = samples[start : start + AT_ONCE]
-            answers = iter(self.scorer.score(batch))
-            for row, sample in enumerate(batch, start=start):
+        row = 0
+        for batch, predictions in self.scorer(samples).in_batches(samples, AT_ONCE):
+            answers = iter(predictions)
+            for sample in batch:
                 found[row, : len(sample.questions)] = [next(answers).score for _ in sample.questions]
+                row += 1
         return found
 
 

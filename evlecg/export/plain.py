@@ -11,6 +11,7 @@ from evlecg.data.synthetic import generate
 from evlecg.models import load as models
 from evlecg.models.trained import TrainedWith
 from evlecg.page.render import page_style, render
+from evlecg.recipe import page_size
 
 
 def logit_difference(folder: Path, original: models.Loaded, trained: TrainedWith) -> float:
@@ -26,7 +27,7 @@ def logit_difference(folder: Path, original: models.Loaded, trained: TrainedWith
     from evlecg.models.encode import Encoder, Turn
 
     page = trained.page
-    size = (page.student_size[0], page.student_size[1]) if page.student_size else None
+    size = page_size(page.student_size)
     record = next(generate({"test": 1}, seed=0))
     question = trained.question.replace("{description}", "a normal tracing")
     with models.quiet():
@@ -54,7 +55,7 @@ def classifier_logit_difference(folder: Path, original: models.Loaded, trained: 
 
     record = next(generate({"test": 1}, seed=0))
     page = trained.page
-    size = (page.student_size[0], page.student_size[1]) if page.student_size else None
+    size = page_size(page.student_size)
     encoder: Any = encoder_for(original, size_px=size)
     if original.form is not None:
         view = trace(record.signal_mV, record.fs_hz, original.form)

@@ -230,7 +230,7 @@ def _opened(spec: dict[str, Any], threads: int, before: Any) -> tuple[Any, Any, 
         folder = Path(loaded.checkpoint.source)
         return {
             "parameters": loaded.n_parameters,
-            "flops": count_flops(loaded.model, lambda: list(scoring.scorer.score(samples[:1]))),
+            "flops": count_flops(loaded.model, lambda: list(scoring.scorer(samples).score(samples[:1]))),
             "disk_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
         }
 

@@ -338,7 +338,10 @@ class Dskd(Baseline):
         self, student: Outputs, teacher: Outputs, student_word: Tensor, teacher_word: Tensor, same: Tensor,
         student_head: Any, teacher_head: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
-        student_AD, teacher_AE = _predicting(student).float(), _predicting(teacher).float()
+        student_AD, teacher_AE = (
+            student.side.before_answers(student.hidden_BSD).float(),
+            teacher.side.before_answers(teacher.hidden_BSD).float(),
+        )
         keys = _unit_scale(teacher_word).flatten(1)
         score = self.query(student_word.flatten(1)) @ keys.T / math.sqrt(keys.shape[1])
         score = score.masked_fill(~same, -1e9)
@@ -600,12 +603,6 @@ def _n_groups(student: Side, teacher: Side) -> Tensor:
 def _starts(student: Outputs, teacher: Outputs, groups: Groups) -> tuple[list[AnswerLogits], list[Tensor]]:
     """Logits of both sides, and with which of them each starts every group."""
     return [student.answer_logits, teacher.answer_logits], [groups.student_first_G, groups.teacher_first_G]
-
-
-def _predicting(outputs: Outputs) -> Tensor:
-    """States that predict the answer tokens, [A, D]."""
-    row_A, place_A = outputs.side.answer_A2.unbind(1)
-    return outputs.hidden_BSD[row_A, place_A - 1]
 
 
 def _questions(outputs: Outputs) -> Tensor:

@@ -309,8 +309,7 @@ class EvlObjective(nn.Module):
         loss = alignment_loss(student.hidden_BSD, aligned_BSD, mask_BS, anchored_BS, normalise=config.normalise)
         if config.anchor == 0:
             return _Terms({"mhca": loss}, aligned_BSD)
-        row_A, place_A = student.side.answer_A2.unbind(1)
-        logits = frozen_reading(aligned_BSD[row_A, place_A - 1], student.side, output_head)
+        logits = frozen_reading(student.side.before_answers(aligned_BSD), student.side, output_head)
         anchor = answer_cross_entropy(logits, student.side.answer_ids_A)
         return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits)
 

@@ -42,9 +42,7 @@ def by_question(states_QD: Tensor, asked_Q: Tensor) -> tuple[Tensor, Tensor]:
         states_QD: from `question_states`.
         asked_Q: int, the same number for the same question.
     """
-    order_Q = asked_Q.argsort(stable=True)
-    _, group_Q, count_G = asked_Q[order_Q].unique_consecutive(return_inverse=True, return_counts=True)
-    place_Q = torch.arange(len(asked_Q), device=asked_Q.device) - (count_G.cumsum(0) - count_G)[group_Q]
+    order_Q, group_Q, count_G, place_Q = _in_groups(asked_Q)
     n_records = int(count_G.max()) if len(count_G) else 0
     states_GRD = states_QD.new_zeros(len(count_G), n_records, states_QD.shape[1])
     states_GRD = states_GRD.index_put((group_Q, place_Q), states_QD[order_Q])
@@ -53,11 +51,9 @@ def by_question(states_QD: Tensor, asked_Q: Tensor) -> tuple[Tensor, Tensor]:
 
 def of_neighbours(states_QD: Tensor, asked_Q: Tensor) -> Tensor:
     """States [Q, D] of another record that was asked the same question, in place of a record's own."""
-    order_Q = asked_Q.argsort(stable=True)
-    _, group_Q, count_G = asked_Q[order_Q].unique_consecutive(return_inverse=True, return_counts=True)
-    start_Q = (count_G.cumsum(0) - count_G)[group_Q]
-    place_Q = torch.arange(len(asked_Q), device=asked_Q.device)
-    next_Q = order_Q[start_Q + (place_Q - start_Q + 1) % count_G[group_Q]]
+    order_Q, group_Q, count_G, place_Q = _in_groups(asked_Q)
+    here_Q = torch.arange(len(asked_Q), device=asked_Q.device)
+    next_Q = order_Q[here_Q - place_Q + (place_Q + 1) % count_G[group_Q]]
     return states_QD[next_Q[order_Q.argsort()]]
 
 
@@ -89,3 +85,11 @@ def place_relation(
     return relation_loss(
         student_RCD.transpose(0, 1), teacher_RCE.transpose(0, 1), mask_RC.T, distance=distance, cosine=cosine
     )
+
+
+def _in_groups(asked_Q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Questions with the same ones side by side: their order, each one's group and place in it, and groups' sizes."""
+    order_Q = asked_Q.argsort(stable=True)
+    _, group_Q, count_G = asked_Q[order_Q].unique_consecutive(return_inverse=True, return_counts=True)
+    place_Q = torch.arange(len(asked_Q), device=asked_Q.device) - (count_G.cumsum(0) - count_G)[group_Q]
+    return order_Q, group_Q, count_G, place_Q

@@ -64,7 +64,7 @@ def forward(
     layers = [_one_stream(layer, side.valid_BS) for layer in result.hidden_states]
     layers[-1:] = final[-1:] or layers[-1:]
     if whole:
-        answer_logits = _read_by(head, layers[-1][predict_A2[:, 0], predict_A2[:, 1] - 1], side)
+        answer_logits = _read_by(head, side.before_answers(layers[-1]), side)
     else:  # shards come together inside the model's own forward pass only
         logits_BUV = result.logits if "logits_to_keep" in forward_keys else result.logits[:, keep_U]
         answer_logits = AnswerLogits(logits_BUV[predict_A2[:, 0], place_A])
@@ -200,8 +200,7 @@ class AnswerHead(nn.Module):
         if self.apart or self.classifies:
             raise EvlecgError("there are no words before an answer that stands apart from its question",
                               where=self.name, hint="--method dskd cannot read this family")  # fmt: skip
-        row_A, place_A = side.answer_A2.unbind(1)
-        before_A = side.inputs["input_ids"][row_A, place_A - 1]
+        before_A = side.before_answers(side.inputs["input_ids"])
         return self._words[0](torch.stack([before_A, side.answer_ids_A], dim=1))
 
 

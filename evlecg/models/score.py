@@ -31,7 +31,7 @@ from evlecg.models.outputs import can_pack, forward, to_device
 from evlecg.models.prefix import can_share, forward_shared
 from evlecg.models.views import encoder_for, view_of
 from evlecg.page.render import PageStyle, empty_page, page_style
-from evlecg.recipe import PageConfig
+from evlecg.recipe import PageConfig, page_size
 from evlecg.schema import Prediction, Question, Sample
 
 PACKED, SHARED, ROWS = "packed", "shared", "rows"
@@ -335,8 +335,7 @@ def scorer_of(
     answering: Answering | None = None,
 ) -> Scorer:  # fmt: skip
     """A scorer of pages as `page` says; how it reads questions is tried on the fullest of the first 64 samples."""
-    size = page.student_size
-    size_px = (size[0], size[1]) if size else None
+    size_px = page_size(page.student_size)
     scorer = Scorer(loaded, prepared, page_style(page), size_px=size_px, answering=answering)
     scorer.prove(max(samples[:64], key=lambda sample: len(sample.questions)))
     return scorer

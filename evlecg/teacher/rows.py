@@ -163,11 +163,11 @@ def split_outputs(outputs: Outputs, fields: Sequence[str]) -> list[dict[str, Ten
     """What a teacher gave for every row, field by field: [n, D] each, on the CPU."""
     side = outputs.side
     n_valid, n_visual = side.valid_BS.sum(1).tolist(), visual_counts(side)
-    row_A, place_A = side.answer_A2.unbind(1)
+    row_A = side.answer_A2[:, 0]
     found: list[dict[str, Tensor]] = [{} for _ in n_valid]
     for field in fields:
         if field in ("answer", "logits"):
-            values_AD = outputs.hidden_BSD[row_A, place_A - 1] if field == "answer" else outputs.answer_logits_AV
+            values_AD = side.before_answers(outputs.hidden_BSD) if field == "answer" else outputs.answer_logits_AV
             parts = values_AD.split([int((row_A == row).sum()) for row in range(len(found))])
         else:
             counts = n_valid if field == "hidden" else n_visual

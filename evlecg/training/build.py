@@ -14,7 +14,7 @@ from evlecg.models import load as models
 from evlecg.page.augment import augmenter
 from evlecg.page.render import page_style
 from evlecg.progress import Progress
-from evlecg.recipe import Recipe
+from evlecg.recipe import Recipe, page_size
 from evlecg.training.estimate import adapt_student, step_memory, tell_memory
 from evlecg.training.guards import check_answers
 from evlecg.training.processes import accelerator_of, is_sharded, shard_teacher, tell_unused
@@ -87,6 +87,7 @@ def build(
     style = page_style(recipe.page)
     accelerator = accelerator_of(recipe)
     texts = all(checkpoint.kind == "text" for checkpoint in checkpoints)
+    text_length_N = text_lengths(samples, train.bucket) if texts else None
     processors: list[Any] = [models.load_processor(checkpoint) if texts else None for checkpoint in checkpoints]
     encoders: list[Any] = []
 
@@ -112,7 +113,7 @@ def build(
     if recipe.needs_teacher:
         size = Encoder(checkpoints[1], processors[1], size_px=sizes[1]).size_px if texts else sizes[1]
         cache = cache_of(recipe, prepared, samples, checkpoints[1], size, progress, rehearsal=always_estimate,
-                         lengths=text_lengths(samples, train.bucket) if texts else None)  # fmt: skip
+                         lengths=text_length_N)  # fmt: skip
 
     if train.teacher_bits and recipe.needs_teacher and texts:  # is there a library that quantises?
         adapt.quantisation(models.shapes(checkpoints[1]), train.teacher_bits, compute_dtype=train.teacher_dtype)
@@ -183,10 +184,12 @@ def build(
     if recipe.effective_method == "seqkd" and teacher is not None:
         builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
     processes = accelerator.num_processes
-    batches = len(epoch_batches(len(samples), train.batch_size, seed=0, epoch=0, processes=processes))
-    for batch in epoch_batches(len(samples), train.batch_size, seed=recipe.seed, epoch=0, processes=processes)[:1]:
-        check_answers(builder(batch.tolist()))
-    total = train.epochs * math.ceil(batches / train.accumulation)
+    batches = epoch_batches(
+        len(samples), train.batch_size, seed=recipe.seed, epoch=0, processes=processes, lengths=text_length_N,
+        bucket=train.bucket,
+    )  # fmt: skip
+    check_answers(dataclasses.replace(builder, teacher=None)(batches[0].tolist()))
+    total = train.epochs * math.ceil(len(batches) / train.accumulation)
     if train.max_steps is not None:
         total = min(total, train.max_steps)
     if train.compile:  # the checks above ran without: a pass or two are not worth a minute
@@ -215,7 +218,7 @@ def build(
         recipe=recipe, prepared=prepared, accelerator=accelerator, student=student, teacher=teacher, signal=signal,
         builder=builder, model=model, objective=objective, optimizer=optimizer, schedule=schedule, total_steps=total,
         needs=needs, checks=checks, adapted=adapted, processes=processes, sharded=sharded,
-        lengths=text_lengths(builder.samples, train.bucket) if texts else None,
+        lengths=text_length_N,
         validation=validation_of(recipe, prepared, validated, student, accelerator), teacher_head=teacher_head,
         taught_by=checkpoints[1] if recipe.needs_teacher else None,
         teacher_s=cache.expected_s if cache is not None else 0.0,
@@ -271,12 +274,3 @@ def _teacher_answers(builder: Any, teacher: models.Loaded, progress: Progress) -
 def _size(checkpoints: list[models.Checkpoint]) -> int:
     """Parameters of all models, from their configs."""
     return sum(models.shapes(checkpoint).n_parameters for checkpoint in checkpoints)
-
-
-def page_size(size: tuple[int, ...] | None) -> tuple[int, int] | None:
-    """A page size of a recipe; None where the processor decides."""
-    if size is None:
-        return None
-    if len(size) != 2 or min(size) < 16:
-        raise EvlecgError(f"a page size is [width, height] in pixels, not {list(size)}", where="page")
-    return size[0], size[1]

@@ -435,9 +435,7 @@ def identity(
     config, folder = checkpoint.config, Path(checkpoint.source)
     train = recipe.train
     dtype = train.teacher_dtype if train.teacher_dtype != "auto" else str(config.dtype).removeprefix("torch.")
-    about = {
-        key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
-    }
+    about = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
     found: dict[str, Any] = {
         "teacher": {"revision": _revision(checkpoint, memo), "config": _hash(about), "kind": checkpoint.kind},
         "dtype": {"states": dtype, "bits": train.teacher_bits},
@@ -499,10 +497,10 @@ def facts_of(teacher: models.Loaded, live: LiveTeacher, builder: BatchBuilder, c
     outputs = live.of(to_device(side, teacher.model.device))
     reads = False
     if teacher.checkpoint.kind == "text":
-        head, (row_A, place_A) = AnswerHead(teacher), outputs.side.answer_A2.unbind(1)
+        head = AnswerHead(teacher)
         whole = all(p.is_floating_point() for part in head.parts.values() for p in part.parameters())
         logits_AV = outputs.answer_logits_AV.float()
-        again_AV = head(outputs.hidden_BSD[row_A, place_A - 1], outputs.side).float()
+        again_AV = head(outputs.side.before_answers(outputs.hidden_BSD), outputs.side).float()
         finite = logits_AV > -1e30  # models rule answers out by the least number there is
         apart = (again_AV - logits_AV)[finite].abs().max() if again_AV.shape == logits_AV.shape else float("inf")
         reads = whole and bool(apart <= HEAD_TOLERANCE * logits_AV[finite].abs().max())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from evlecg import launch
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import label_samples
 from evlecg.errors import EvlecgError, RunFailed
@@ -92,12 +93,8 @@ class Validation:
                 advance(len(batch))
                 if alone and stopped():
                     return None
-        if not alone:
-            from accelerate.utils import gather_object
-
-            rows = gather_object(rows)
         try:
-            found = estimate(AUROC, Scored.of_rows(rows), n_boot=0)
+            found = estimate(AUROC, Scored.of_rows(launch.gathered(rows)), n_boot=0)
         except EvlecgError as error:  # the input was fine
             raise RunFailed(error.what, where=error.where, hint=error.hint) from error
         assert found.headline is not None and found.headline.value is not None

@@ -15,7 +15,7 @@ from evlecg.losses.transport import cell_cost, cell_shares, overlap_area
 from evlecg.page.layout import batch_cells, page_layout
 from evlecg.page.trace import TraceLayout
 from evlecg.recipe import ObjectiveConfig, RelationConfig, TransportConfig
-from evlecg.schema import LEADS, Batch, ModelFacts, Outputs, Side
+from evlecg.schema import LEADS, AnswerLogits, Batch, ModelFacts, Outputs, Side
 
 WINDOW_S = 10.0
 
@@ -137,7 +137,7 @@ def outputs_of(side, width, seed):
     rows, positions = side.valid_BS.shape
     hidden_BSD = torch.randn(rows, positions, width, generator=generator)
     visual_BND = hidden_BSD[side.visual_BS].view(rows, -1, width)
-    return Outputs(hidden_BSD, visual_BND, visual_BND, torch.zeros(len(side.answer_A2), 2), side)
+    return Outputs(hidden_BSD, visual_BND, visual_BND, AnswerLogits(torch.zeros(len(side.answer_A2), 2)), side)
 
 
 def batch_of(setting, student, teacher):

@@ -376,7 +376,6 @@ class Recipe:
     student: str = _key("builtin:student", "student checkpoint: path, hub id or builtin:NAME")
     teacher_kind: str = _key("auto", "what the teacher reads and answers; auto: its config tells", choices=KINDS)
     student_kind: str = _key("auto", "what the student reads and answers; auto: its config tells", choices=KINDS)
-    trust_remote_code: bool = _key(False, "run Python files that come with a checkpoint")
     method: str = _key("evl", "what the student learns from", choices=METHOD_NAMES)
     seed: int = _key(0, "seeds weights, order and augmentation", low=0)
     threads: int | None = _key(None, "torch threads; null: leave as they are", low=1)

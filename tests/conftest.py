@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process a core runs the tests: more threads would only wait
+# All but test_gpu.py is about arithmetic on a CPU, wherever it runs: a GPU is hidden before PyTorch looks for one.
+# Workers of xdist begin in an environment that hides it already, so what was visible goes by a name of its own.
+os.environ.setdefault("EVLECG_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 

@@ -183,7 +183,7 @@ def idefics3(folder: Path, *, size: str = "tiny", seed: int = 0, weights: bool =
 
 
 def qwen2_vl(folder: Path, *, size: str = "tiny", seed: int = 0, weights: bool = True) -> Path:
-    """Qwen2-VL: any page shape, 2x2 merged patches, three-part rotary positions."""
+    """Qwen2-VL: any page shape, 2x2 merged patches, three-part rotary positions; 64 visual tokens when builtin."""
     from transformers import (
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
@@ -191,20 +191,26 @@ def qwen2_vl(folder: Path, *, size: str = "tiny", seed: int = 0, weights: bool =
         Qwen2VLProcessor,
     )
 
-    del size  # one size only
+    big = size == "builtin"
+    width, tower, depth, heads = (128, 128, 3, 4) if big else (40, 32, 2, 2)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                "<|video_pad|>"]  # fmt: skip
     tokenizer = byte_level_tokenizer(600, special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
         vision_config={
-            "depth": 2, "embed_dim": 32, "hidden_size": 40, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14,
-            "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "depth": depth + big, "embed_dim": tower, "hidden_size": width, "num_heads": 4, "patch_size": 14,
+            "mlp_ratio": 4 if big else 2, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            **({"initializer_range": INIT} if big else {}),
         },
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 40, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 4, 4]},
+            "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 3 * width if big else 96,
+            "num_hidden_layers": depth, "num_attention_heads": heads, "num_key_value_heads": heads,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6] if big else [2, 4, 4],
+            },
+            **({"initializer_range": INIT, "tie_word_embeddings": True} if big else {}),
             "bos_token_id": ids("<|im_start|>"), "eos_token_id": ids("<|im_end|>"),
             "pad_token_id": ids("<|endoftext|>"),
         },
@@ -212,12 +218,16 @@ def qwen2_vl(folder: Path, *, size: str = "tiny", seed: int = 0, weights: bool =
         video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"),
         vision_end_token_id=ids("<|vision_end|>"),
+        **({"tie_word_embeddings": True} if big else {}),
     )  # fmt: skip
     from transformers import Qwen2VLVideoProcessor
 
-    limits = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
+    limits = (
+        {"min_pixels": 224 * 224, "max_pixels": 224 * 224} if big else {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
+    )
+    paper = {"image_mean": PAPER_MEAN, "image_std": INK_STD} if big else {}
     processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**limits),
+        image_processor=Qwen2VLImageProcessor(**limits, **paper),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**limits),
         chat_template=QWEN_TEMPLATE,

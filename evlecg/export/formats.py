@@ -49,9 +49,18 @@ def check_packages(name: str) -> None:
     if missing:
         raise EvlecgError(f"the format {name} needs {', '.join(missing)}", where="--format",
                           hint=f"pip install 'evlecg[{chosen.extra}]'")  # fmt: skip
-    if chosen.runs and find_spec("transformers.exporters") is None:
+    if chosen.runs and not _exports():
         raise EvlecgError(f"the format {name} needs the exporters of a newer transformers", where="--format",
                           hint="pip install --upgrade transformers")  # fmt: skip
+
+
+def _exports() -> bool:
+    """Whether the installed transformers has exporters that give the program they traced (5.24 has)."""
+    try:
+        from transformers.exporters import OnnxExporter
+    except ImportError:
+        return False
+    return hasattr(OnnxExporter, "export_program")
 
 
 def write_safetensors(student: models.Loaded, trained: TrainedWith, folder: Path, *, max_shard_size: str) -> None:
@@ -137,7 +146,6 @@ def _trace_onnx(graph: Graph, path: Path) -> None:
     from transformers import exporters
 
     made: Any = exporters  # names are added when they are asked for
-
     with _hushed():
         config = made.OnnxConfig(dynamic_shapes=_dims(graph))
         program, _ = made.OnnxExporter().export_program(graph.module, dict(graph.inputs), config)

@@ -96,13 +96,17 @@ class Classifier(nn.Module):
     def measure(self, inputs: dict[str, Tensor]) -> None:
         """Finds out from one record how this model's hidden states are laid out.
 
+        Args:
+            inputs: its keyword arguments, on any device.
+
         Raises:
             EvlecgError: they are not tokens (one vector a record), or not on a grid that can be told.
         """
         was_training = self.training
         self.eval()
         try:
-            state = self._run(inputs)["states"][-1]
+            device = self.head.weight.device
+            state = self._run({name: value.to(device) for name, value in inputs.items()})["states"][-1]
         finally:
             self.train(was_training)
         wanted = self.head.in_features

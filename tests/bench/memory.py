@@ -1,23 +1,28 @@
 """Is the memory estimate right? Beside measured peaks; then the tables of real pairs, which no machine here can hold.
 
-    python -m tests.bench.memory [--runs N] [--only real|measured] [--json FILE]
+    python -m tests.bench.memory [--runs N] [--only real|measured] [--device cpu|cuda] [--json FILE]
 
-Measured: every case runs N times in a process of its own. There the code, its libraries and a step on small models come
-first; then the peak is reset (`/proc/self/clear_refs`), the models are built with random weights, three optimizer steps
-are taken (the first with the gradient norms that the log shows), and the peak resident set above what was resident
-before is read off (`VmHWM`). The median is compared with `evlecg.training.estimate.step_memory`. Linux only.
+With `--device cuda` all of them are measured, the real pairs with random weights in the published shapes, by what
+PyTorch's allocator says of itself: `allocated` is what is alive, `reserved` what the process takes of the GPU.
+
+Measured on a CPU: every case runs N times in a process of its own. There the code, its libraries and a step on small
+models come first; then the peak is reset (`/proc/self/clear_refs`), the models are built with random weights, three
+optimizer steps are taken (the first with the gradient norms that the log shows), and the peak resident set above what
+was resident before is read off (`VmHWM`). The median is compared with what `evlecg.training.estimate` says. Linux only.
 
 glibc keeps freed blocks under 32 MiB for later, so that a process holds more than is alive in it. What the estimate is
 of shows where it is told to give them back (MALLOC_MMAP_THRESHOLD_): that is what has to agree within 15%. The same
 without, as a run has it, stands beside it, and has to stay under `KEPT_BY_GLIBC` times the estimate.
 
-Real pairs: from published configs, on the meta device, bfloat16, batches of four rows with 96 tokens of text.
+Real pairs: from published configs, on the meta device (but with `--device cuda`), bfloat16, batches of four rows with
+96 tokens of text.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import statistics
 import subprocess
@@ -73,15 +78,16 @@ def _batch(teacher: str | None, student: str, rows: int, n_text: int) -> Any:
     return batch(_kind(student), _kind(teacher) if teacher else None, rows, n_text=n_text)
 
 
-def _estimate(teacher: str | None, student: str, rows: int, n_text: int, keys: list[str]) -> Any:
+def _estimate(teacher: str | None, student: str, rows: int, n_text: int, keys: list[str], device: str = "cpu") -> Any:
     from evlecg.training.estimate import step_memory
 
     checkpoint = _kind(teacher).checkpoint if teacher else None
     made = _batch(teacher, student, rows, n_text)
-    return step_memory(_recipe(teacher, keys), made, _kind(student).checkpoint, checkpoint)
+    return step_memory(_recipe(teacher, keys), made, _kind(student).checkpoint, checkpoint, device=device)
 
 
-def _steps(teacher: str | None, student: str, rows: int, n_text: int, keys: list[str], batch: Any, n: int = 3) -> None:
+def _steps(teacher: str | None, student: str, rows: int, n_text: int, keys: list[str], batch: Any, n: int = 3,
+           device: str = "cpu") -> None:  # fmt: skip
     """Real optimizer steps on random weights."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -94,14 +100,17 @@ def _steps(teacher: str | None, student: str, rows: int, n_text: int, keys: list
 
     recipe = _recipe(teacher, keys)
     loaded = []
+    dtypes = {student: recipe.train.dtype, teacher: recipe.train.teacher_dtype}
     for name in (student, *([teacher] if teacher else [])):
         checkpoint = dataclasses.replace(_kind(name).checkpoint, trained=True)
-        model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch.float32)
-        loaded.append(Loaded(checkpoint, model, None))
+        with torch.device(device):
+            model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=getattr(torch, dtypes[name]))
+        loaded.append(Loaded(checkpoint, model.to(device), None))
     small, large = loaded[0], loaded[1] if teacher else None
     adapt_student(recipe, small)
     facts = large.facts if large else None
     objective = METHODS[recipe.effective_method](recipe.objective, student=small.facts, teacher=facts)
+    objective.to(device)
     optimizer = optimizer_of(recipe, small.model, objective)
     job = bare_job(recipe, small, large, objective, optimizer)
     for number in range(n):
@@ -131,6 +140,58 @@ def measure(name: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     _steps(*case, batch)
     return _status("VmHWM") - before
+
+
+def measure_gpu(case: str) -> dict[str, Any]:
+    """Estimate beside what the GPU's allocator tells, of one case (its index among `_gpu_cases`) in this process."""
+    import torch
+
+    teacher, student, rows, n_text, keys = _gpu_cases()[case]
+    told = _estimate(teacher, student, rows, n_text, keys, "cuda")
+    batch = _batch(teacher, student, rows, n_text)
+    before, _ = torch.cuda.mem_get_info()
+    _steps(teacher, student, rows, n_text, keys, batch, device="cuda")
+    after, _ = torch.cuda.mem_get_info()
+    return {
+        "case": case, "parameters": told.student.parameters, "estimate": told.needed, "alive": told.peak,
+        "allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
+        "taken": before - after, "device": torch.cuda.get_device_name(), "why_unknown": told.why_unknown,
+    }  # fmt: skip
+
+
+def _gpu_cases() -> dict[str, tuple[str | None, str, int, int, list[str]]]:
+    """The measured cases and the real pairs; quantised teachers apart, whose library may not be there."""
+    halves = ["train.dtype=bfloat16", "train.teacher_dtype=bfloat16"]
+    real = {
+        f"{teacher} -> {student}{', '.join(['', *(key.split('=')[0] for key in keys)])}":
+        (teacher, student, 4, 96, [*halves, *keys])
+        for teacher, student, keys in REAL
+        if not any("bits" in key for key in keys)
+    }  # fmt: skip
+    return MEASURED | real
+
+
+def compare_gpu(only: str | None) -> list[dict[str, Any]]:
+    """Every case in a process of its own."""
+    found = []
+    for case in _gpu_cases():
+        if only and (case in MEASURED) != (only == "measured"):
+            continue
+        command = [sys.executable, "-m", "tests.bench.memory", "--device", "cuda", "--measure", case]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{case}: failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            found.append({"case": case, "error": done.stderr[-2000:]})
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        row |= {"ratio": row["estimate"] / row["reserved"], "alive_ratio": (row["alive"] or 0) / row["allocated"]}
+        found.append(row)
+        gib = 2**30
+        print(f"{case}: alive {(row['alive'] or 0) / gib:.2f} GiB, allocated {row['allocated'] / gib:.2f} GiB, ratio "
+              f"{row['alive_ratio']:.3f}; estimate {row['estimate'] / gib:.2f} GiB, reserved "
+              f"{row['reserved'] / gib:.2f} GiB, ratio {row['ratio']:.3f} ({row['device']}) {row['why_unknown']}",
+              flush=True)  # fmt: skip
+    return found
 
 
 def compare(runs: int) -> list[dict[str, Any]]:
@@ -179,12 +240,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Estimated and measured memory.")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=("real", "measured"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.measure and given.device == "cuda":
+        print(json.dumps(measure_gpu(given.measure)))
+        return
     if given.measure:
         print(measure(given.measure))
         return
+    if given.device == "cuda":
+        rows = compare_gpu(given.only)
+        save(given.json, {"measured": rows})
+        far = [row["case"] for row in rows if abs(row.get("alive_ratio", 0) - 1) > TOLERANCE]
+        print(f"within {TOLERANCE:.0%}: {'no: ' + ', '.join(far) if far else 'yes'}")
+        sys.exit(1 if far else 0)
     measured = compare(given.runs) if given.only != "real" else []
     real = tables() if given.only != "measured" else []
     save(given.json, {"measured": measured, "real": real})

@@ -57,10 +57,11 @@ def check_packages(name: str) -> None:
 def _exports() -> bool:
     """Whether the installed transformers has exporters that give the program they traced (5.24 has)."""
     try:
-        from transformers.exporters import OnnxExporter
+        from transformers import exporters
     except ImportError:
         return False
-    return hasattr(OnnxExporter, "export_program")
+    made: Any = exporters  # names are added when they are asked for
+    return hasattr(made.OnnxExporter, "export_program")
 
 
 def write_safetensors(student: models.Loaded, trained: TrainedWith, folder: Path, *, max_shard_size: str) -> None:

@@ -25,7 +25,11 @@ from evlecg.schema import ModelFacts
 BUILTIN: dict[str, tuple[str, bool]] = {
     "teacher": ("teacher", True),
     "teacher-untrained": ("teacher", False),
+    "teacher-qwen2vl": ("teacher-qwen2vl", True),
+    "teacher-qwen2vl-untrained": ("teacher-qwen2vl", False),
     "student": ("student", False),
+    "student-internvl": ("student-internvl", False),
+    "student-signal": ("student-signal", False),
 }
 
 

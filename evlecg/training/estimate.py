@@ -70,11 +70,9 @@ def step_memory(
         facts = [dataclasses.replace(one, tokens=tuple(b"%d" % i for i in range(one.vocab_size))) for one in facts]
     with torch.random.fork_rng(devices=[]):  # the run's own draws come later, and stay what they were
         objective = method(quick, student=facts[0], teacher=facts[1] if large is not None else None)
-    job_device = (
-        PartialState().device
-    )  # where `step` puts a batch; another kind of GPU than is here is counted as a CPU
+    stands = PartialState().device or "cpu"  # where `step` puts a batch; a GPU that is not here is traced on the CPU
     for module in (small.model, *([large.model] if large is not None else []), objective):
-        memory.pretend(module, job_device)
+        memory.pretend(module, stands)
     trained = [p for module in (small.model, objective) for p in module.parameters() if p.requires_grad]
     job = bare_job(recipe, small, large, objective, memory.Resting(trained))
     if cached and large is not None:

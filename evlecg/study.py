@@ -1,10 +1,11 @@
 """A study: pairs x methods x training sizes x seeds, tuned on validation records and told on test records.
 
 Every cell is an ordinary run of `evlecg distill` in a process of its own, so a study can be killed and repeated: cells
-that are done are read, not run again. What a teacher gives is computed once a pair (`OUT/caches`). Two stages. *Tune*:
-every method tries its own grid, no more than `budget` configurations, and is judged by macro AUC on the validation
-split. *Final*: the best configuration of every method is trained with every seed and scored on the test split, which
-nothing has seen before. `results.json` holds every cell, the failed ones too, and is all that the table is made from.
+that are done are read, cells that were stopped go on, and methods, seeds, sizes and pairs can be added later. What a
+teacher gives is computed once a pair (`OUT/caches`). Two stages. *Tune*: every method tries its own grid, no more than
+`budget` configurations, and is judged by macro AUC on the validation split. *Final*: the best configuration of every
+method is trained with every seed and scored on the test split, which nothing has seen before. `results.json` holds
+every cell, the failed ones too, and is all that the table is made from.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,14 +27,17 @@ from typing import Any
 
 import yaml
 
-from evlecg.errors import EvlecgError
+from evlecg.errors import EvlecgError, RunFailed, Stopped
 from evlecg.files import write_text_atomic
 from evlecg.metrics import OverSeeds, holm, over_seeds, seed_test
 from evlecg.pipeline import training_data
 from evlecg.progress import Progress
 from evlecg.recipe import load_recipe, nearest, recipe_folder
+from evlecg.training.guards import StopRequest, stop_requests
 
 TOLD_ERROR_CHARS = 2000
+POLL_S = 0.5
+STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a run that saved and can go on
 
 
 @dataclass(frozen=True)
@@ -170,15 +175,16 @@ def run_study(study: Study, *, out: Path, workers: int = 1, threads: int = 1, pr
         The content of results.json.
 
     Raises:
-        EvlecgError: the folder holds another study.
+        EvlecgError: the folder holds another study, or what is in both was changed.
+        Stopped: by SIGTERM or SIGINT, which the runs were told, too.
+        RunFailed: runs were killed from outside.
     """
     progress = progress or Progress()
     out.mkdir(parents=True, exist_ok=True)
     told = json.loads(json.dumps(dataclasses.asdict(study)))
     stated = out / "study.json"
-    if stated.exists() and json.loads(stated.read_text()) != told:
-        raise EvlecgError("the folder holds another study, or the same before it was changed", where=out,
-                          hint="another --out")  # fmt: skip
+    if stated.exists():
+        check_grown(json.loads(stated.read_text()), told, where=out)
     write_text_atomic(stated, json.dumps(told, indent=2) + "\n")
     data = {pair: str(training_data(load_recipe(study.recipe, dict(keys)), progress).resolve())
             for pair, keys in study.pairs.items()}  # fmt: skip
@@ -191,6 +197,21 @@ def run_study(study: Study, *, out: Path, workers: int = 1, threads: int = 1, pr
     write_text_atomic(out / "results.json", json.dumps(told, indent=1) + "\n")
     write_text_atomic(out / "table.md", study_table(study, told))
     return told
+
+
+def check_grown(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
+    """A study may get new pairs, methods, sizes and seeds; what it had stays what it was, or its cells would lie.
+
+    Raises:
+        EvlecgError: something in both differs.
+    """
+    changed = [key for key in ("name", "recipe", "tune_seeds", "budget") if before[key] != now[key]]
+    for kind in ("pairs", "methods"):
+        shared = [name for name in before[kind] if name in now[kind]]
+        changed += [f"{kind}.{name}" for name in shared if before[kind][name] != now[kind][name]]
+    if changed:
+        raise EvlecgError(f"the folder holds another study, or the same before {', '.join(changed)} changed",
+                          where=where, hint="another --out")  # fmt: skip
 
 
 def tune_cells(study: Study) -> list[Cell]:
@@ -306,21 +327,37 @@ def _run(
             waiting.append(cell)
     if waiting:
         with (
+            stop_requests() as request,
             progress.task(f"{study.name}: {waiting[0].stage}", len(waiting)) as advance,
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
         ):
-            running = {pool.submit(_run_cell, study, cell, out, data[cell.pair], threads): cell for cell in waiting}
+            running = {
+                pool.submit(_run_cell, study, cell, out, data[cell.pair], threads, request): cell for cell in waiting
+            }
             for done in concurrent.futures.as_completed(running):
                 cell, result = running[done], done.result()
+                if result is None:
+                    continue
                 results[cell.key] = result
                 if result["auc"] is None:
-                    progress.warn(f"{cell.key} failed: {result['error'].strip().splitlines()[-1]}")
+                    progress.warn(f"{cell.key} failed: {(result['error'].strip().splitlines() or ['?'])[-1]}")
                 advance(1, last=f"{cell.method} {result['auc'] or float('nan'):.3f}")
+        left = [cell for cell in cells if cell.key not in results]
+        if request.number is not None:
+            raise Stopped(f"stopped by signal {request.number}, with {len(left)} of {len(cells)} runs of a stage left",
+                          where=out, number=request.number, hint="the same command goes on")  # fmt: skip
+        if left:
+            raise RunFailed(f"{len(left)} of {len(cells)} runs were killed from outside", where=out,
+                            hint="out of memory? fewer --workers; the same command goes on")  # fmt: skip
     return [results[cell.key] for cell in cells]
 
 
-def _run_cell(study: Study, cell: Cell, out: Path, data: str, threads: int) -> dict[str, Any]:
-    """One cell in a process of its own; its result is kept, its weights are not."""
+def _run_cell(
+    study: Study, cell: Cell, out: Path, data: str, threads: int, request: StopRequest
+) -> dict[str, Any] | None:
+    """One cell in a process of its own; its result is kept, its weights are not. None: stopped, and can go on."""
+    if request.asked():
+        return None
     folder = out / "cells" / cell.key
     folder.mkdir(parents=True, exist_ok=True)
     split = "val" if cell.stage == "tune" else "test"
@@ -339,21 +376,39 @@ def _run_cell(study: Study, cell: Cell, out: Path, data: str, threads: int) -> d
     run = folder / "run"
     command = [sys.executable, "-m", "evlecg.cli", "distill", "--recipe", str(folder / "recipe.yaml"), "--quiet",
                "--out", str(run), "--json", *(["--resume"] if run.is_dir() else [])]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(threads))
+    code, error = _watched(command, threads, request)
+    if code in STOPPED or code < 0:  # it saved; or it was killed, by hand or for memory
+        return None
     result: dict[str, Any] = {**dataclasses.asdict(cell), "recipe_fingerprint": recipe.fingerprint(), "auc": None,
                               "labels": None, "seconds": None, "error": None}  # fmt: skip
     reports = list((run / "report").glob("*/report.json"))
-    if done.returncode == 0 and reports:
+    if code == 0 and reports:
         auc = json.loads(reports[0].read_text())["metrics"]["auc"]
         result["auc"] = auc["macro"]["value"]
         result["labels"] = {name: label["value"] for name, label in auc["labels"].items()}
         result["seconds"] = json.loads((run / "run.json").read_text())["seconds"]
     else:
-        result["error"] = (done.stderr or f"exit code {done.returncode}")[-TOLD_ERROR_CHARS:]
+        result["error"] = (error or f"exit code {code}")[-TOLD_ERROR_CHARS:]
     for heavy in ("checkpoints", "student"):
         shutil.rmtree(run / heavy, ignore_errors=True)
     write_text_atomic(out / "cells" / f"{cell.key}.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _watched(command: Sequence[str], threads: int, request: StopRequest) -> tuple[int, str]:
+    """Exit code and stderr of a run, which is asked to stop where the study is."""
+    asked = False
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment(threads)
+    ) as running:
+        while True:
+            try:
+                error = running.communicate(timeout=POLL_S)[1]
+                return running.returncode, error
+            except subprocess.TimeoutExpired:
+                if request.asked() and not asked:
+                    asked = True
+                    running.terminate()
 
 
 def _teacher(study: Study, pair: str, out: Path, data: str, threads: int) -> float | None:

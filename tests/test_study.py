@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
 
 from evlecg.errors import EvlecgError
-from evlecg.study import Method, Study, choose, final_cells, find_study, load_study, run_study, study_table, tune_cells
+from evlecg.study import (
+    Method,
+    Study,
+    check_grown,
+    choose,
+    final_cells,
+    find_study,
+    load_study,
+    run_study,
+    study_table,
+    tune_cells,
+)
 
 GRID = {"train.lr": [1e-3, 2e-3]}
 STUDY = Study(
@@ -82,6 +98,42 @@ def test_the_shipped_studies_are_valid():
     assert {len(method.configurations()) for method in study.methods.values()} == {4}, "the same budget for all"
     with pytest.raises(EvlecgError, match="did you mean 'methods'"):
         find_study("methods1")
+
+
+def test_a_study_may_grow_and_may_not_change(tmp_path):
+    before = dataclasses.asdict(STUDY)
+    more = dataclasses.asdict(dataclasses.replace(STUDY, seeds=(1, 2, 3, 4), methods={**STUDY.methods, "kl": Method()}))
+    check_grown(before, more, where=tmp_path)
+    other = dataclasses.replace(STUDY, methods={**STUDY.methods, "uld": Method({"method": "uld", "train.lr": 1e-3})})
+    with pytest.raises(EvlecgError, match=r"before methods\.uld changed"):
+        check_grown(before, dataclasses.asdict(other), where=tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_study_keeps_what_is_done_and_no_half_results(checkpoints, synthetic, tmp_path, number):
+    tree = {
+        "name": "long", "recipe": "quickstart", "seeds": [1],
+        "pairs": {"tiny": {"teacher": str(checkpoints["llava"]), "student": str(checkpoints["idefics3"]),
+                           "data.dir": str(synthetic), "train.epochs": 10000, "train.batch_size": 4}},
+        "methods": {"ce": {"set": {"method": "ce"}}, "evl": {}},
+    }  # fmt: skip
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "evlecg.cli", "distill", "--study", str(tmp_path / "long.yaml"), "--out", str(out)]
+    asks = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # where it is ignored
+    command[1:3] = ["-c", f"{asks}; sys.argv[0] = 'evlecg'; runpy.run_module('evlecg.cli', run_name='__main__')"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        metrics = []
+        while not metrics and running.poll() is None:
+            time.sleep(0.5)
+            metrics = list(out.glob("cells/*/run/metrics.jsonl"))
+        assert running.poll() is None, running.communicate()[1]
+        running.send_signal(number)
+        told = running.communicate(timeout=120)[1]
+    assert running.returncode == 128 + number, told
+    assert "with 2 of 2 runs of a stage left" in told and "the same command goes on" in told
+    assert not list(out.glob("cells/*.json")) and not (out / "results.json").exists()
+    assert list(out.glob("cells/*/run/checkpoints/*")), "the run that was under way saved"
 
 
 @pytest.mark.slow

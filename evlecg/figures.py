@@ -168,6 +168,45 @@ def curves_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path | Non
     return _save(figure, folder / "curves.png")
 
 
+def seeds_figure(
+    folder: Path,
+    panels: Mapping[str, tuple[Mapping[str, Sequence[float]], float | None]],
+    *,
+    reference: str,
+    leader: str,
+) -> Path:
+    """seeds.png and seeds.json: one panel a comparison, one line a method, one dot a seed, a bar at the mean.
+
+    Args:
+        folder: where to write.
+        panels: title -> (method -> its scores over seeds, the teacher's score or None).
+        reference: the method whose mean is drawn through all lines.
+        leader: the method that is set off.
+    """
+    plt = _pyplot()
+    longest = max(len(scores) for scores, _ in panels.values())
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 1.2 + 0.32 * longest), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for axis, (title, (scores, teacher)) in zip(axes[0], panels.items(), strict=True):
+        order = sorted(scores, key=lambda name: float(np.mean(scores[name])))
+        for place, name in enumerate(order):
+            colour = STUDENT if name == leader else "black"
+            axis.plot(scores[name], [place] * len(scores[name]), "o", ms=4, alpha=0.5, color=colour)
+            axis.plot([float(np.mean(scores[name]))], [place], "|", ms=14, mew=2, color=colour)
+        axis.set_yticks(range(len(order)), order, fontsize=8)
+        if reference in scores:
+            axis.axvline(float(np.mean(scores[reference])), color=BEFORE, lw=1, ls="--", label=reference)
+        if teacher is not None:
+            axis.axvline(teacher, color=TEACHER, lw=1, label="teacher")
+        axis.set_title(title)
+        axis.set_xlabel("macro AUC on test records")
+        axis.legend(frameon=False, loc="lower right")
+    data = {title: {"scores": {k: list(v) for k, v in scores.items()}, "teacher": teacher}
+            for title, (scores, teacher) in panels.items()}  # fmt: skip
+    write_text_atomic(folder / "seeds.json", json.dumps(data, indent=1) + "\n")
+    return _save(figure, folder / "seeds.png")
+
+
 def _names(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.get(field, {})))
 

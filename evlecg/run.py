@@ -122,9 +122,12 @@ class _OnnxGraph:
             options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.names = [output.name for output in self.session.get_outputs()]
+        # a graph of half precision wants its inputs so, and gives single precision
+        self.halves = {value.name for value in self.session.get_inputs() if value.type == "tensor(float16)"}
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found: Any = self.session.run(None, dict(feed))
+        fed = {name: value.astype(np.float16) if name in self.halves else value for name, value in feed.items()}
+        found: Any = self.session.run(None, fed)
         return dict(zip(self.names, found, strict=True))
 
 

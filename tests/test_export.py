@@ -209,6 +209,12 @@ def test_quantised_graphs_are_smaller_and_nearly_the_same(graphs, tmp_path, dtyp
     assert not page & {"MatMulInteger", "MatMulNBits"}
 
 
+def test_graphs_of_half_precision_answer_nearly_as_the_student_does(graphs, synthetic, tmp_path):
+    result = export(graphs[0], out=tmp_path / "half", format="onnx", dtype="fp16", data=synthetic, max_drop_points=100)
+    assert 0 < result.max_logit_difference < 0.25 and result.proof.n_records == 8
+    assert (tmp_path / "half" / "decoder.onnx").stat().st_size < 0.7 * (graphs[1] / "decoder.onnx").stat().st_size
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "idefics3_tiles", "internvl", "fast_vlm")]
 
 

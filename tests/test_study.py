@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from evlecg.errors import EvlecgError
+from evlecg.recipe import load_recipe
 from evlecg.study import (
     Method,
     Study,
@@ -22,8 +23,10 @@ from evlecg.study import (
     find_study,
     load_study,
     run_study,
+    study_figure,
     study_table,
     tune_cells,
+    write_rows,
 )
 
 GRID = {"train.lr": [1e-3, 2e-3]}
@@ -35,7 +38,7 @@ STUDY = Study(
 
 def cell(stage, method, seed, configuration, auc):
     return {"stage": stage, "pair": "p", "method": method, "size": None, "seed": seed, "configuration": configuration,
-            "auc": auc, "seconds": 36.0}  # fmt: skip
+            "auc": auc, "accuracy": auc and 0.5, "seconds": 36.0}  # fmt: skip
 
 
 def tuned():
@@ -68,9 +71,25 @@ def test_the_table_holds_means_paired_tests_and_failures():
     p = stats.ttest_rel(scores["evl"], scores["ce"]).pvalue
     ce = next(line for line in table.splitlines() if line.startswith("| ce "))
     assert "0.710 ± 0.010" in ce and f"+0.100 (+0.075 to +0.125), {p:.3f}, {p:.3f}" in ce and ce.endswith("| 2 |")
-    assert "| evl | 0.810 ± 0.017 | 3 | +0.100 |" in table and "| teacher | 0.900 |" in table
-    assert "| uld | failed | 0 |" in table
+    assert f"| evl | 0.810 ± 0.017 | 0.500 ± 0.000 | 3 | +0.100, {p:.3f}, {p:.3f} |" in table
+    assert "| teacher | 0.900 |" in table and "| uld | failed | | 0 |" in table
     assert "13 runs, 4 of them failed, 0.13 hours" in table
+
+
+def test_a_row_is_a_recipe_and_a_line_of_the_figure(tmp_path):
+    chosen = choose(STUDY, tuned())
+    cells = [cell("final", name, seed, {}, auc) for name, auc in (("ce", 0.7), ("evl", 0.8)) for seed in (1, 2)]
+    told = {"cells": tuned() + cells, "chosen": chosen, "teachers": {"p": 0.9}}
+    written = write_rows(STUDY, told, tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in written} == {"p/ce.yaml", "p/evl.yaml", "p/uld.yaml"}
+    text = (tmp_path / "p" / "evl.yaml").read_text()
+    assert "Chosen of 2 configurations" in text and "0.800; on test: 0.800 ± 0.000 over 2 seeds" in text
+    assert load_recipe(str(tmp_path / "p" / "evl.yaml")) == load_recipe(
+        "quickstart", {"train.lr": 2e-3, "name": "small-p-evl"}
+    )
+    assert study_figure(STUDY, told, tmp_path).stat().st_size > 5000
+    panel = json.loads((tmp_path / "seeds.json").read_text())["p, all records"]
+    assert panel == {"scores": {"ce": [0.7, 0.7], "evl": [0.8, 0.8]}, "teacher": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +151,8 @@ def test_a_stopped_study_keeps_what_is_done_and_no_half_results(checkpoints, syn
         told = running.communicate(timeout=120)[1]
     assert running.returncode == 128 + number, told
     assert "with 2 of 2 runs of a stage left" in told and "the same command goes on" in told
-    assert not list(out.glob("cells/*.json")) and not (out / "results.json").exists()
+    assert not list(out.glob("cells/*.json")) and json.loads((out / "results.json").read_text())["left"] == 2
+    assert "| evl | not run |" in (out / "table.md").read_text()
     assert list(out.glob("cells/*/run/checkpoints/*")), "the run that was under way saved"
 
 

@@ -1,0 +1,197 @@
+"""Running a study: every cell in a process of its own, and what is written when all are done."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evlecg.errors import RunFailed, Stopped
+from evlecg.files import write_text_atomic
+from evlecg.pipeline import training_data
+from evlecg.progress import Progress
+from evlecg.recipe import load_recipe
+from evlecg.study.plan import Cell, Study, check_grown, choose, final_cells, tune_cells
+from evlecg.study.table import study_figure, study_table, write_rows
+from evlecg.training.guards import StopRequest, stop_requests
+
+TOLD_ERROR_CHARS = 2000
+POLL_S = 0.5
+STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a run that saved and can go on
+
+
+def run_study(study: Study, *, out: Path, workers: int = 1, threads: int = 1, progress: Progress | None = None) -> dict:
+    """Runs what is not done yet, and writes results.json, table.md, seeds.png and recipes/, one a row.
+
+    Args:
+        study: from `load_study`.
+        out: study folder; one that holds the same study is gone on with.
+        workers: cells at the same time.
+        threads: torch threads a cell.
+        progress: who listens.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        EvlecgError: the folder holds another study, or what is in both was changed.
+        Stopped: by SIGTERM or SIGINT, which the runs were told, too.
+        RunFailed: runs were killed from outside.
+    """
+    progress = progress or Progress()
+    out.mkdir(parents=True, exist_ok=True)
+    told = json.loads(json.dumps(dataclasses.asdict(study)))
+    stated = out / "study.json"
+    if stated.exists():
+        check_grown(json.loads(stated.read_text()), told, where=out)
+    write_text_atomic(stated, json.dumps(told, indent=2) + "\n")
+    data = {pair: str(training_data(load_recipe(study.recipe, dict(keys)), progress).resolve())
+            for pair, keys in study.pairs.items()}  # fmt: skip
+    results: dict[str, dict[str, Any]] = {}
+    tuned = tune_cells(study)
+    _run(study, tuned, results, out, data, workers, threads, progress)
+    chosen = choose(study, [results[cell.key] for cell in tuned])
+    finals = final_cells(study, chosen)
+    try:
+        _run(study, finals, results, out, data, workers, threads, progress)
+        for pair in study.pairs:
+            _score_teacher(study, pair, out, data[pair], threads)
+    finally:  # what is done is told, also of a study that was stopped
+        done = [results[cell.key] for cell in [*tuned, *finals] if cell.key in results]
+        teachers = {pair: _teacher_auc(out, pair) for pair in study.pairs}
+        told = {"study": study.name, "chosen": chosen, "teachers": teachers, "cells": done,
+                "left": len(tuned) + len(finals) - len(done)}  # fmt: skip
+        write_text_atomic(out / "results.json", json.dumps(told, indent=1) + "\n")
+        write_text_atomic(out / "table.md", study_table(study, told))
+        study_figure(study, told, out)
+        write_rows(study, told, out / "recipes")
+    return told
+
+
+def _run(
+    study: Study, cells: Sequence[Cell], results: dict[str, dict[str, Any]], out: Path, data: Mapping[str, str],
+    workers: int, threads: int, progress: Progress,
+) -> None:  # fmt: skip
+    """Fills in the results of all cells by their keys; those without one are run, `workers` at a time."""
+    waiting = []
+    for cell in cells:
+        path = out / "cells" / f"{cell.key}.json"
+        if path.exists():
+            results[cell.key] = json.loads(path.read_text())
+        else:
+            waiting.append(cell)
+    if waiting:
+        with (
+            stop_requests() as request,
+            progress.task(f"{study.name}: {waiting[0].stage}", len(waiting)) as advance,
+            concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        ):
+            running = {
+                pool.submit(_run_cell, study, cell, out, data[cell.pair], threads, request): cell for cell in waiting
+            }
+            for done in concurrent.futures.as_completed(running):
+                cell, result = running[done], done.result()
+                if result is None:
+                    continue
+                results[cell.key] = result
+                if result["auc"] is None:
+                    progress.warn(f"{cell.key} failed: {(result['error'].strip().splitlines() or ['?'])[-1]}")
+                advance(1, last=f"{cell.method} {result['auc'] or float('nan'):.3f}")
+        left = [cell for cell in cells if cell.key not in results]
+        if request.number is not None:
+            raise Stopped(f"stopped by signal {request.number}, with {len(left)} of {len(cells)} runs of a stage left",
+                          where=out, number=request.number, hint="the same command goes on")  # fmt: skip
+        if left:
+            raise RunFailed(f"{len(left)} of {len(cells)} runs were killed from outside", where=out,
+                            hint="out of memory? fewer --workers; the same command goes on")  # fmt: skip
+
+
+def _run_cell(
+    study: Study, cell: Cell, out: Path, data: str, threads: int, request: StopRequest
+) -> dict[str, Any] | None:
+    """One cell in a process of its own; its result is kept, its weights are not. None: stopped, and can go on."""
+    if request.asked():
+        return None
+    folder = out / "cells" / cell.key
+    folder.mkdir(parents=True, exist_ok=True)
+    split = "val" if cell.stage == "tune" else "test"
+    keys = {
+        **study.pairs[cell.pair], **study.methods[cell.method].set, **cell.configuration, "seed": cell.seed,
+        "data.dir": data, "data.max_train": cell.size, "threads": threads, "name": cell.key, "finish.control": False,
+        "finish.teacher": False, "finish.export": False, "finish.eval_split": split, "log.figures": False,
+        "finish.thresholds_from": "none",  # a cell is one AUC: nothing is chosen on validation
+    }  # fmt: skip
+    layer = load_recipe(study.recipe, keys).objective.visual_layer
+    # the teacher runs once a pair; what it gave is kept as it was, so that no cell depends on which came first
+    cache = (out / "caches" / (cell.pair if layer == -1 else f"{cell.pair}-layer{layer}")).resolve()
+    keys |= {"cache.dir": str(cache), "cache.compression": "none", "cache.several_prompts": True}
+    recipe = load_recipe(study.recipe, keys)
+    write_text_atomic(folder / "recipe.yaml", recipe.to_yaml())
+    run = folder / "run"
+    command = [sys.executable, "-m", "evlecg.cli", "distill", "--recipe", str(folder / "recipe.yaml"), "--quiet",
+               "--out", str(run), "--json", *(["--resume"] if run.is_dir() else [])]  # fmt: skip
+    code, error = _watched(command, threads, request)
+    if code in STOPPED or code < 0:  # it saved; or it was killed, by hand or for memory
+        return None
+    result: dict[str, Any] = {**dataclasses.asdict(cell), "recipe_fingerprint": recipe.fingerprint(), "auc": None,
+                              "accuracy": None, "labels": None, "seconds": None, "error": None}  # fmt: skip
+    reports = list((run / "report").glob("*/report.json"))
+    if code == 0 and reports:
+        metrics = json.loads(reports[0].read_text())["metrics"]
+        result["auc"] = metrics["auc"]["macro"]["value"]
+        result["labels"] = {name: label["value"] for name, label in metrics["auc"]["labels"].items()}
+        result["accuracy"] = metrics["decisions"]["as_answered"]["accuracy"]["overall"]["micro"]["value"]
+        result["seconds"] = json.loads((run / "run.json").read_text())["seconds"]
+    else:
+        result["error"] = (error or f"exit code {code}")[-TOLD_ERROR_CHARS:]
+    for heavy in ("checkpoints", "student"):
+        shutil.rmtree(run / heavy, ignore_errors=True)
+    write_text_atomic(out / "cells" / f"{cell.key}.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _watched(command: Sequence[str], threads: int, request: StopRequest) -> tuple[int, str]:
+    """Exit code and stderr of a run, which is asked to stop where the study is."""
+    asked = False
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment(threads)
+    ) as running:
+        while True:
+            try:
+                error = running.communicate(timeout=POLL_S)[1]
+                return running.returncode, error
+            except subprocess.TimeoutExpired:
+                if request.asked() and not asked:
+                    asked = True
+                    running.terminate()
+
+
+def _score_teacher(study: Study, pair: str, out: Path, data: str, threads: int) -> None:
+    """Scores a pair's teacher on the test split, where that is not done yet."""
+    recipe = load_recipe(study.recipe, dict(study.pairs[pair]))
+    folder = out / "teachers" / pair
+    if recipe.teacher == "none" or (folder / "report.json").exists():
+        return
+    command = [sys.executable, "-m", "evlecg.cli", "eval", "--dataset", data, "--model", recipe.teacher, "--quiet",
+               "--split", "test", "--thresholds-from", "none", "--out", str(folder)]  # fmt: skip
+    if recipe.data.labels:
+        command += ["--labels", ",".join(recipe.data.labels)]
+    subprocess.run(command, capture_output=True, check=False, env=_environment(threads))
+
+
+def _teacher_auc(out: Path, pair: str) -> float | None:
+    """Macro AUC of a pair's teacher on the test split; None where it is not scored."""
+    report = out / "teachers" / pair / "report.json"
+    return json.loads(report.read_text())["metrics"]["auc"]["macro"]["value"] if report.exists() else None
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

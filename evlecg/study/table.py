@@ -1,0 +1,171 @@
+"""What a study says: a table in Markdown, a figure, and one recipe a row, all from the content of results.json."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evlecg.figures import seeds_figure
+from evlecg.files import write_text_atomic
+from evlecg.metrics import OverSeeds, SeedTest, holm, over_seeds, seed_test
+from evlecg.recipe import Recipe, load_recipe
+from evlecg.study.plan import Study
+
+
+def study_table(study: Study, told: Mapping[str, Any]) -> str:
+    """The results as Markdown, from what results.json holds; cells that are not done yet are left out, and counted."""
+    lines = [f"# {study.name}", ""]
+    cells = _final(told)
+    tests = _tests(study, cells)
+    for pair, size in itertools.product(study.pairs, study.sizes):
+        here = _of(cells, pair, size)
+        lines += [f"## {pair}, {size if size is not None else 'all'} training records", ""]
+        heads = ("method", "macro AUC, mean ± sd over seeds", "accuracy", "seeds",
+                 f"minus {study.reference}: mean, p, p (Holm)",
+                 f"{study.leader} minus this: mean (95% interval), p, p (Holm)", "validation AUC", "tried")  # fmt: skip
+        lines += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        teacher = told["teachers"].get(pair)
+        if teacher is not None:
+            lines.append(f"| teacher | {teacher:.3f} |" + " |" * (len(heads) - 2))
+        for name in study.methods:
+            row = _chosen(told, pair, size, name)
+            scores = _by_seed(here, name)
+            if not scores:
+                why = "failed" if any(cell["method"] == name for cell in here) else "not run"
+                lines.append(f"| {name} | {why} | | 0 | | | {_digits(row)} | {row['tried']} |")
+                continue
+            behind = _test(tests.get((study.leader, pair, size, name)))
+            if name == study.leader:
+                gain = _test(tests.get((study.leader, pair, size, study.reference)), interval=False)
+            else:
+                gain = _test(tests.get((study.reference, pair, size, name)), interval=False, turned=True)
+            lines.append(
+                f"| {name} | {_summary(over_seeds(list(scores.values())))} | {_accuracy(here, name)} | {len(scores)} | "
+                f"{gain} | {behind} | {_digits(row)} | {row['tried']} |"
+            )
+        lines.append("")
+    failed = [cell for cell in told["cells"] if cell["auc"] is None]
+    seconds = sum(cell["seconds"] or 0 for cell in told["cells"])
+    left = f" {told['left']} runs are left to do." if told.get("left") else ""
+    lines += [
+        f"{len(told['cells'])} runs, {len(failed)} of them failed, {seconds / 3600:.2f} hours of runs in all.{left} "
+        "Configurations were chosen on the validation split, the table is of the test split. Accuracy: records whose "
+        f"labels are all as in the truth at a threshold of 0.5. p: paired t-test over seeds; Holm: corrected for the "
+        f"{len(tests)} comparisons of this table.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def study_figure(study: Study, told: Mapping[str, Any], folder: Path) -> Path | None:
+    """seeds.png and seeds.json: every seed's macro AUC, methods by their mean; None where nothing is done."""
+    panels = {}
+    for pair, size in itertools.product(study.pairs, study.sizes):
+        scores = {name: list(_by_seed(_of(_final(told), pair, size), name).values()) for name in study.methods}
+        scores = {name: values for name, values in scores.items() if values}
+        if scores:
+            panels[f"{pair}, {size if size is not None else 'all'} records"] = (scores, told["teachers"].get(pair))
+    return seeds_figure(folder, panels, reference=study.reference, leader=study.leader) if panels else None
+
+
+def write_rows(study: Study, told: Mapping[str, Any], folder: Path) -> list[Path]:
+    """One recipe a row of the table, with what was chosen and what came of it: folder/PAIR/[SIZE/]METHOD.yaml."""
+    written = []
+    plain = Recipe().to_dict()
+    for row in told["chosen"]:
+        pair, size, name = row["pair"], row["size"], row["method"]
+        keys = {**study.pairs[pair], **study.methods[name].set, **row["configuration"], "data.max_train": size}
+        recipe = load_recipe(study.recipe, {**keys, "name": f"{study.name}-{pair}-{name}"})
+        scores = list(_by_seed(_of(_final(told), pair, size), name).values())
+        came = f"{_summary(over_seeds(scores))} over {len(scores)} seeds" if scores else "not run"
+        place = folder / pair / (str(size) if len(study.sizes) > 1 else "") / f"{name}.yaml"
+        text = (
+            f"# The row {name} of the study {study.name}: {pair}, {size if size is not None else 'all'} records.\n"
+            f"# Command:  evlecg distill --recipe FILE --set seed=N\n"
+            f"# Chosen of {row['tried']} configurations by macro AUC on validation: {_digits(row)}; on test: {came}.\n"
+            + yaml.safe_dump(_changed(recipe.to_dict(), plain), sort_keys=False, allow_unicode=True)
+        )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(place, text)
+        written.append(place)
+    return written
+
+
+def _changed(tree: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe is not as by default."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            inner = _changed(value, plain[key])
+            found |= {key: inner} if inner else {}
+        elif value != plain[key]:
+            found[key] = value
+    return found
+
+
+Comparison = tuple[str, str, "int | None", str]  # against which method, pair, size, method
+
+
+def _tests(study: Study, cells: Sequence[Mapping[str, Any]]) -> dict[Comparison, tuple[SeedTest, float | None]]:
+    """The leader against every other method, and every method against the reference, Holm-corrected together."""
+    found: dict[Comparison, SeedTest] = {}
+    for pair, size, name in itertools.product(study.pairs, study.sizes, study.methods):
+        here = _of(cells, pair, size)
+        for other in dict.fromkeys((study.leader, study.reference)):
+            if name == other or (other, name) == (study.reference, study.leader):  # the other way round it is there
+                continue
+            ours, theirs = _by_seed(here, other), _by_seed(here, name)
+            both = sorted(set(ours) & set(theirs))
+            if not both:
+                continue
+            found[other, pair, size, name] = seed_test(
+                {other: {seed: ours[seed] for seed in both}, name: {seed: theirs[seed] for seed in both}}
+            )
+    corrected = holm([test.p for test in found.values()])
+    return {key: (test, p) for (key, test), p in zip(found.items(), corrected, strict=True)}
+
+
+def _test(found: tuple[SeedTest, float | None] | None, *, interval: bool = True, turned: bool = False) -> str:
+    """A comparison in a cell of the table; `turned`: of the second minus the first."""
+    if found is None:
+        return ""
+    test, adjusted = found
+    text = f"{-test.difference.mean if turned else test.difference.mean:+.3f}"
+    if test.difference.ci95 is not None and interval:
+        text += f" ({test.difference.ci95[0]:+.3f} to {test.difference.ci95[1]:+.3f})"
+    if test.p is not None and adjusted is not None:
+        text += f", {test.p:.3f}, {adjusted:.3f}"
+    return text
+
+
+def _final(told: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [cell for cell in told["cells"] if cell["stage"] == "final"]
+
+
+def _of(cells: Sequence[Mapping[str, Any]], pair: str, size: int | None) -> list[Mapping[str, Any]]:
+    return [cell for cell in cells if (cell["pair"], cell["size"]) == (pair, size)]
+
+
+def _chosen(told: Mapping[str, Any], pair: str, size: int | None, method: str) -> Mapping[str, Any]:
+    return next(row for row in told["chosen"] if (row["pair"], row["size"], row["method"]) == (pair, size, method))
+
+
+def _by_seed(cells: Sequence[Mapping[str, Any]], method: str) -> dict[int, float]:
+    return {cell["seed"]: cell["auc"] for cell in cells if cell["method"] == method and cell["auc"] is not None}
+
+
+def _accuracy(cells: Sequence[Mapping[str, Any]], method: str) -> str:
+    values = [cell["accuracy"] for cell in cells if cell["method"] == method and cell.get("accuracy") is not None]
+    return _summary(over_seeds(values)) if values else ""
+
+
+def _digits(row: Mapping[str, Any]) -> str:
+    return f"{row['validation_auc']:.3f}" if row["validation_auc"] is not None else ""
+
+
+def _summary(summary: OverSeeds) -> str:
+    return f"{summary.mean:.3f}" + (f" ± {summary.sd:.3f}" if summary.sd is not None else "")

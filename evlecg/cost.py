@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evlecg.models.load import Loaded
+from evlecg.process import peak_bytes
 from evlecg.report import Cost
 from evlecg.schema import Sample
 
@@ -56,7 +56,7 @@ def measure_calls(loaded: Loaded, calls: Sequence[Callable[[], object]], *, n_qu
         call()
         seconds.append(time.perf_counter() - start_s)
     timed_ms = 1000 * np.array(seconds[WARM_UP:])
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_of_process()
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_bytes()
     return Cost(
         parameters=loaded.n_parameters,
         flops=count_flops(loaded.model, chosen[0]),
@@ -93,10 +93,3 @@ def count_flops(model: Any, call: Callable[[], object]) -> int | None:
         if before:
             model.set_attn_implementation(before)
     return int(counter.get_total_flops())
-
-
-def _peak_of_process() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB on Linux

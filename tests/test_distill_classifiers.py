@@ -111,6 +111,14 @@ def test_a_small_classifier_learns(models, synthetic, tmp_path, student):
     assert report.macro.value > 0.9
 
 
+@pytest.mark.parametrize("method", ["dskd", "minilm", "em_kd"])
+def test_what_cannot_read_a_classifier_says_so_and_leaves_nothing(models, synthetic, tmp_path, method):
+    chosen = recipe(models, "llava", "patchtst", f"method={method}")
+    with pytest.raises(EvlecgError, match=f"--method {method} cannot read this family"):
+        distill(chosen, data=synthetic, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_resumed_and_a_student_trains_on(models, synthetic, tmp_path):
     chosen = recipe(models, "llava", "patchtst", *ALL_TERMS, "checkpoint.every=1", "checkpoint.keep_last=2")
     distill(chosen, data=synthetic, out=tmp_path / "run")

@@ -109,6 +109,15 @@ def patchtsmixer(labels: tuple[str, ...] = SUPER) -> tuple:
     return PatchTSMixerForTimeSeriesClassification(config), None
 
 
+def signal_student(labels: tuple[str, ...] = SUPER) -> tuple:
+    """What builtin:student-signal is: 10 s at 100 Hz, 39 patches a channel, 0.11M parameters."""
+    config = PatchTSMixerConfig(
+        num_input_channels=12, context_length=1000, patch_length=50, patch_stride=25, d_model=64, num_layers=3,
+        num_targets=len(labels), mode="mix_channel", **_named(labels),
+    )  # fmt: skip
+    return PatchTSMixerForTimeSeriesClassification(config), None
+
+
 PAGES: dict[str, Callable[..., tuple]] = {"vit": vit, "swin": swin, "convnext": convnext, "resnet": resnet}
 SIGNALS: dict[str, Callable[..., tuple]] = {
     "wav2vec2": wav2vec2, "hubert": hubert, "patchtst": patchtst, "patchtsmixer": patchtsmixer,

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from evlecg.errors import EvlecgError
+from evlecg.process import peak_bytes
 from evlecg.progress import Progress
 
 WARM_UP, TIMED = 3, 20
@@ -173,10 +174,7 @@ def _serve(spec: dict[str, Any]) -> None:
                 scoring([samples[asked["record"] % len(samples)]])
                 answer["ms"] = 1000 * (time.perf_counter() - start_s)
             elif "peak" in asked:
-                import resource
-
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                answer["peak"] = peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB on Linux
+                answer["peak"] = peak_bytes()
             elif "facts" in asked and facts is not None:
                 answer = facts()
         except EvlecgError as error:

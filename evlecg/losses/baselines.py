@@ -543,7 +543,15 @@ class EmKd(Baseline):
     reads = frozenset({"teacher", "hidden", "visual"})
 
     def build(self, student: ModelFacts, teacher: ModelFacts) -> None:
-        """The projection that makes both sides' tokens comparable."""
+        """The projection that makes both sides' tokens comparable.
+
+        Raises:
+            EvlecgError: a side whose answers and visual tokens have no common space.
+        """
+        for role, facts in (("student", student), ("teacher", teacher)):
+            if facts.width != facts.token_width:
+                raise EvlecgError(f"answers ({facts.width} wide) and visual tokens ({facts.token_width}) never meet",
+                                  where=role, hint="--method em_kd cannot read this family")  # fmt: skip
         self.projection = nn.Linear(teacher.token_width, student.token_width, bias=False)
 
     def term(self, student: Outputs, teacher: Outputs, batch: Batch, heads: tuple[Any, Any]) -> dict[str, Tensor]:

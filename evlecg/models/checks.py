@@ -248,6 +248,25 @@ def _show(checks: dict[str, Any], roles: Sequence[str], progress: Progress) -> N
         progress.info(f"tokenizers: {found['kind']} ({found['note']})")
 
 
+def check_method(name: str, reads: frozenset[str], checkpoint: Checkpoint) -> None:
+    """That a method finds in a model what it reads.
+
+    Args:
+        name: of the method.
+        reads: what it reads of both models.
+        checkpoint: one of them.
+
+    Raises:
+        EvlecgError: queries and keys, or words before an answer, of a model that has none or whose are not read.
+    """
+    if checkpoint.kind == "text" and checkpoint.apart is None:
+        return
+    for part, what in (("attention", "queries and keys"), ("heads", "words before an answer")):
+        if part in reads:
+            raise EvlecgError(f"where a page stands apart from the text, or there is no text, no {what} can be read",
+                              where=checkpoint.name, hint=f"--method {name} cannot read this family")  # fmt: skip
+
+
 def check_samples(checkpoint: Checkpoint, prepared: Prepared, samples: Sequence[Sample]) -> None:
     """That a classifier is asked about labels only, and a model that reads signals gets no pictures.
 

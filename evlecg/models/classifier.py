@@ -275,7 +275,7 @@ def load_classifier(checkpoint: Any, *, torch_dtype: Any, seed: int, labels: tup
     Args:
         checkpoint: a `models.load.Checkpoint` that is not of kind "text".
         torch_dtype: dtype or "auto".
-        seed: of a new head.
+        seed: of a new head, and of all weights of an untrained built-in.
         labels: labels that a student is to tell apart: its head is kept where it knows them all, each by itself;
             otherwise it gets a new one, for these labels. Empty: the head stays what it is.
         leads: how leads enter (`TraceForm.leads`).
@@ -297,14 +297,19 @@ def load_classifier(checkpoint: Any, *, torch_dtype: Any, seed: int, labels: tup
         _name_labels(config, labels)
     kind = _model_class(checkpoint.model_class) if own_head else AutoModel
     remote = {"trust_remote_code": True} if checkpoint.trust_remote_code else {}
+    model: Any
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, info = kind.from_pretrained(
-            checkpoint.source, config=config, dtype=torch_dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=fresh, **remote,
-        )  # fmt: skip
-        untrained = fresh or not any(known)
-        _check_keys(info, model, _base_name(model) if own_head else "", untrained, checkpoint.name)
+        if checkpoint.trained:
+            model, info = kind.from_pretrained(
+                checkpoint.source, config=config, dtype=torch_dtype, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=fresh, **remote,
+            )  # fmt: skip
+            untrained = fresh or not any(known)
+            _check_keys(info, model, _base_name(model) if own_head else "", untrained, checkpoint.name)
+        else:
+            model = kind(config) if own_head else AutoModel.from_config(config)
+            model.to(model.dtype if torch_dtype == "auto" else torch_dtype)
         readout = None
         if not own_head:
             width = int(getattr(config, "hidden_size", 0) or getattr(config, "hidden_sizes", [0])[-1])

@@ -39,6 +39,9 @@ def forward(
         attention: also return the last layer's queries, keys and values at the visual positions.
     """
     if loaded.checkpoint.kind != "text":
+        if attention:
+            raise EvlecgError("queries and keys of a classifier are not read", where=loaded.checkpoint.name,
+                              hint="--method minilm cannot read this family")  # fmt: skip
         return classifier_outputs(loaded.model, side, visual_layer=visual_layer, model=model)
     model = loaded.model if model is None else model
     if loaded.checkpoint.apart is not None:

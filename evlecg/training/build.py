@@ -56,6 +56,7 @@ def build(
     from evlecg.models.checks import (
         check_labels,
         check_lengths,
+        check_method,
         check_samples,
         longest_samples,
         startup_checks,
@@ -79,6 +80,7 @@ def build(
     if recipe.needs_teacher:
         checkpoints.append(models.inspect(recipe.teacher, kind=recipe.teacher_kind, **permissions))
     for checkpoint in checkpoints:
+        check_method(recipe.effective_method, getattr(method, "reads", frozenset()), checkpoint)
         check_samples(checkpoint, prepared, samples)
     if checkpoints[0].original is not None and checkpoints[0].original.tiled:
         hint = "no transformers family lays tiles out flat, so what was trained could not be loaded again"

@@ -215,6 +215,29 @@ def test_graphs_of_half_precision_answer_nearly_as_the_student_does(graphs, synt
     assert (tmp_path / "half" / "decoder.onnx").stat().st_size < 0.7 * (graphs[1] / "decoder.onnx").stat().st_size
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), pytest.param("fp16", 0.05, marks=pytest.mark.slow)])
+def test_openvino_answers_as_the_student_does(graphs, synthetic, tmp_path, dtype, tolerance):
+    pytest.importorskip("openvino", reason="the extra evlecg[openvino] is not installed")
+    out = tmp_path / "ov"
+    result = export(graphs[0], out=out, format="openvino", dtype=dtype, data=synthetic, max_drop_points=100)
+    assert result.max_logit_difference < tolerance and result.proof.n_records == 8
+    assert {path.name for path in out.glob("*.xml")} == {"vision.xml", "embed.xml", "decoder.xml"}
+    record = next(generate({"test": 1}, seed=3))
+    found, wanted = (load(folder).predict(record.signal_mV, record.fs_hz) for folder in (out, graphs[1]))
+    assert found.keys() == wanted.keys() == PHRASES.keys()
+    assert all(abs(found[label] - wanted[label]) < tolerance for label in PHRASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "patchtst"])
+def test_openvino_takes_classifiers(synthetic, tmp_path, family):
+    pytest.importorskip("openvino", reason="the extra evlecg[openvino] is not installed")
+    kind = "image" if family == "vit" else "signal"
+    run = run_of(tiny_classifiers.write(tmp_path / family, family), tmp_path / "run", kind=kind)
+    result = export(run, out=tmp_path / "ov", format="openvino", data=synthetic, max_drop_points=100)
+    assert result.max_logit_difference < 1e-3 and result.proof.n_records == 8
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "idefics3_tiles", "internvl", "fast_vlm")]
 
 

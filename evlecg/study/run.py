@@ -98,7 +98,11 @@ def _run(
                 pool.submit(_run_cell, study, cell, out, data[cell.pair], threads, request): cell for cell in waiting
             }
             for done in concurrent.futures.as_completed(running):
-                cell, result = running[done], done.result()
+                try:
+                    cell, result = running[done], done.result()
+                except BaseException:
+                    request.number = request.number or signal.SIGTERM  # the pool would run all that wait, first
+                    raise
                 if result is None:
                     continue
                 results[cell.key] = result
@@ -148,7 +152,7 @@ def _run_cell(
         metrics = json.loads(reports[0].read_text())["metrics"]
         result["auc"] = metrics["auc"]["macro"]["value"]
         result["labels"] = {name: label["value"] for name, label in metrics["auc"]["labels"].items()}
-        result["accuracy"] = metrics["decisions"]["as_answered"]["accuracy"]["overall"]["micro"]["value"]
+        result["accuracy"] = metrics["decisions"]["as_answered"]["accuracy"]["overall"]["exact"]["value"]
         result["seconds"] = json.loads((run / "run.json").read_text())["seconds"]
     else:
         result["error"] = (error or f"exit code {code}")[-TOLD_ERROR_CHARS:]

@@ -217,20 +217,24 @@ def test_sigkill_leaves_whole_shards_and_the_next_writer_goes_on(tmp_path):
     assert json.loads((tmp_path / "c" / "cache.json").read_text())["contents"]["rows"] == len(store)
 
 
-def _hold(path, log, name):
-    with waiting_lock(path, lambda: log.put(f"{name} waits")):
-        log.put(f"{name} in")
-        time.sleep(0.3)
-        log.put(f"{name} out")
+def _hold(path, log, barrier, name):
+    def note(what):  # a queue may hand over what two processes put in another order; their clock is one
+        log.put((time.monotonic_ns(), f"{name} {what}"))
+
+    barrier.wait(timeout=30)
+    with waiting_lock(path, lambda: note("waits")):
+        note("in")
+        time.sleep(1.0)
+        note("out")
 
 
 def test_writers_take_turns(tmp_path):
     fork = multiprocessing.get_context("fork")
-    log = fork.Queue()
-    processes = [fork.Process(target=_hold, args=(tmp_path / "deep" / ".lock", log, name)) for name in "ab"]
+    log, barrier = fork.Queue(), fork.Barrier(2)
+    processes = [fork.Process(target=_hold, args=(tmp_path / "deep" / ".lock", log, barrier, name)) for name in "ab"]
     for process in processes:
         process.start()
-    said = [log.get(timeout=30) for _ in range(5)]
+    said = [what for _, what in sorted(log.get(timeout=30) for _ in range(5))]
     for process in processes:
         process.join()
     turns = [line for line in said if "waits" not in line]

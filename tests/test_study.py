@@ -128,7 +128,7 @@ def test_a_study_may_grow_and_may_not_change(tmp_path):
         check_grown(before, dataclasses.asdict(other), where=tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_study_keeps_what_is_done_and_no_half_results(checkpoints, synthetic, tmp_path, number):
     tree = {
         "name": "long", "recipe": "quickstart", "seeds": [1],

@@ -215,6 +215,14 @@ class AlignmentConfig:
     causal: bool = _key(True, "a position sees the teacher's answer only up to its own byte offset")
     position_bias: float = _key(1.0, "attention bias against visual tokens far away on the page", low=0)
     scope: str = _key("all", "which student positions are aligned", choices=("all", "visual", "answer"))
+    features: str = _key(
+        "states",
+        "what is aligned: every position's last state; or visual tokens alone, of objective.visual_layer or projected",
+        choices=("states", "last", "projected"),
+    )
+    centred: bool = _key(
+        False, "compare what differs between the records of a batch (scope: answer, or features of visual tokens)"
+    )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from tests.test_alignment import Head, make_side, seeded
 STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 8, 12, 11
 STUDENT, TEACHER = ModelFacts(STUDENT_WIDTH, VOCABULARY), ModelFacts(TEACHER_WIDTH, VOCABULARY)
 ALL = ObjectiveConfig(lambda_rec=0, lambda_m=0.7, lambda_r=2.0, lambda_ot=0.3)
+TOKENS = replace(ALL, align=AlignmentConfig(features="last", centred=True))
+FORMS = {"default": ALL, "published": replace(ALL, strict=True), "tokens": TOKENS}
 
 
 def make_outputs(side: Side, width: int, *, seed: int, dtype: torch.dtype = torch.float64) -> Outputs:
@@ -191,6 +193,49 @@ def test_default_alignment_moves_student_and_aligner_as_documented() -> None:
     assert (pulled[-1][0].abs().sum(-1) > 0).int().tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("features", ["last", "projected"])
+def test_visual_tokens_are_aligned_without_the_text(features: str, centred: bool) -> None:
+    """Token by token: attention among tokens with the page's bias, the batch's mean at a place taken off both sides."""
+    batch = make_batch()
+    student, teacher = make_pair(batch)
+    align = AlignmentConfig(features=features, centred=centred, normalise=False, position_bias=2.0)
+    objective = build(ObjectiveConfig(lambda_rec=0, lambda_m=1.0, lambda_r=0.0, lambda_ot=0.0, align=align))
+    name = {"last": "visual_BND", "projected": "projected_BND"}[features]
+    ours, theirs = getattr(student, name), getattr(teacher, name)
+    middles = [
+        (half.visual_box_BN4[..., :2] + half.visual_box_BN4[..., 2:]) / 2 for half in (batch.student, batch.teacher)
+    ]
+    bias = -2.0 * torch.cdist(*middles).square()
+    assert objective.aligner is not None
+    aligned = objective.aligner(ours, theirs, torch.ones_like(bias, dtype=torch.bool), bias)
+    apart = ours - aligned
+    if centred:
+        apart = apart - apart.mean(0)
+    value = objective(student, teacher, batch, output_head=make_head()).values
+    assert set(value) == {"ce", "mhca"}
+    assert_close(value["mhca"], apart.square().mean())
+    assert int(objective.counts(batch)["mhca"]) == ours.shape[0] * ours.shape[1]
+    value["mhca"].backward()
+    assert student.hidden_BSD.grad is None and ours.grad is not None
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+
+
+def test_alignment_centred_at_a_question_reads_what_differs_between_records() -> None:
+    batch = replace(make_batch(4), asked_Q=torch.tensor([0, 0, 0, 1]))
+    student, teacher = make_pair(batch)
+    align = AlignmentConfig(scope="answer", centred=True, normalise=False)
+    objective, head = (
+        build(ObjectiveConfig(lambda_rec=0, lambda_m=1.0, lambda_r=0, lambda_ot=0, align=align)),
+        make_head(),
+    )
+    terms = objective(student, teacher, batch, output_head=head)
+    assert int(objective.counts(batch)["mhca"]) == 3, "a question asked once has nothing to differ from"
+    gradient = torch.autograd.grad(terms.values["mhca"], student.hidden_BSD)[0]
+    assert (gradient.abs().sum(-1) > 0).int().tolist() == [[0, 0, 0, 0, 0, 1, 0, 0, 0]] * 3 + [[0] * 9]
+    assert_close(gradient[:3, 5].sum(0), torch.zeros(8, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("config", "needs", "modules"),
     [
@@ -203,6 +248,8 @@ def test_default_alignment_moves_student_and_aligner_as_documented() -> None:
         (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=0, lambda_m=1), {"teacher", "hidden"}, {"aligner"}),
         (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=1, transport=TransportConfig(features="projected")),
          {"teacher", "projected"}, {"projection"}),
+        (replace(ALL, lambda_r=0, lambda_ot=0, align=AlignmentConfig(features="projected")),
+         {"teacher", "projected"}, {"aligner"}),
         (ALL, {"teacher", "hidden", "visual"}, {"aligner", "projection"}),
     ],
 )  # fmt: skip
@@ -235,6 +282,8 @@ def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
     [
         (replace(ALL, alpha=1.5), "objective.alpha"),
         (replace(ALL, align=AlignmentConfig(heads=3)), "objective.align.heads"),
+        (replace(ALL, align=AlignmentConfig(features="last", scope="answer")), "objective.align.scope"),
+        (replace(ALL, align=AlignmentConfig(centred=True)), "objective.align.centred"),
         (
             ObjectiveConfig(lambda_rec=0, lambda_m=0, relation=RelationConfig(source="aligned")),
             "objective.relation.source",
@@ -359,18 +408,19 @@ def padded_outputs(outputs: Outputs, extra: int) -> Outputs:
     return replace(outputs, side=padded(outputs.side, extra), **states)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_padding_changes_nothing_and_may_hold_nan(strict: bool) -> None:
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_padding_changes_nothing_and_may_hold_nan(config: ObjectiveConfig) -> None:
     batch = make_batch()
     student, teacher = make_pair(batch)
-    objective, head = build(replace(ALL, strict=strict)), make_head()
+    objective, head = build(config), make_head()
     plain = objective(student, teacher, batch, output_head=head, diagnose=True)
     longer = objective(padded_outputs(student, 3), padded_outputs(teacher, 2), batch, output_head=head, diagnose=True)
     for name, value in plain.values.items():
         assert_close(longer.values[name], value)
     assert longer.diagnostics == pytest.approx(plain.diagnostics)
     longer.total.backward()
-    gradients = [p.grad for p in objective.parameters()] + [student.hidden_BSD.grad, student.visual_BND.grad]
+    reached = [student.visual_BND.grad] + [student.hidden_BSD.grad] * ("hidden" in objective.needs)
+    gradients = [p.grad for p in objective.parameters()] + reached
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
 
 
@@ -390,8 +440,8 @@ def test_order_of_records_does_not_matter() -> None:
         assert_close(found.values[name], value)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_nothing_to_learn_from_is_zero_on_the_graph(strict: bool) -> None:
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_nothing_to_learn_from_is_zero_on_the_graph(config: ObjectiveConfig) -> None:
     batch = make_batch()
     student, teacher = make_pair(batch)
 
@@ -406,7 +456,7 @@ def test_nothing_to_learn_from_is_zero_on_the_graph(strict: bool) -> None:
         )
         return replace(outputs, side=side, answer_logits=AnswerLogits(outputs.answer_logits_AV[:0]))
 
-    objective = build(replace(ALL, strict=strict))
+    objective = build(config)
     terms = objective(emptied(student), emptied(teacher), batch, output_head=make_head(), diagnose=True)
     assert float(terms.total.detach()) == 0
     terms.total.backward()

@@ -116,32 +116,36 @@ def position_bias(
 ) -> Tensor:
     """Attention bias [B, S, T] against the far side of the page.
 
-    Minus `weight` times the squared distance of the box centres (page [0, 1]) between two visual tokens that see the
-    page; 0 where either is text or sees only padding. Where one of them reads signals, the distance is one of time and
-    lead (`transport.cell_cost`, another lead for `LEAD_APART`), which takes the batch's cells: their leads and times.
+    Minus `weight` times the squared distance (`place_distance`) between two visual tokens that see the page; 0 where
+    either is text or sees only padding.
     """
     student_index_BS, student_seen_BS = _visual_index(student)
     teacher_index_BT, teacher_seen_BT = _visual_index(teacher)
     seen_BST = student_seen_BS[:, :, None] & teacher_seen_BT[:, None]
     if 0 in (student.visual_box_BN4.shape[1], teacher.visual_box_BN4.shape[1]):
         return student.visual_box_BN4.new_zeros(seen_BST.shape)
+    between_BNM = place_distance(student, teacher, cells=cells)
+    rows_B11 = torch.arange(len(between_BNM), device=between_BNM.device)[:, None, None]
+    return -weight * between_BNM[rows_B11, student_index_BS[:, :, None], teacher_index_BT[:, None]] * seen_BST
+
+
+def place_distance(student: Side, teacher: Side, *, cells: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Squared distance [B, N, M] of the middles of the student's and the teacher's visual tokens (page [0, 1]).
+
+    Where one of them reads signals, the distance is one of time and lead (`transport.cell_cost`, another lead for
+    `LEAD_APART`), which takes the batch's cells: their leads and times.
+    """
     if student.frame == teacher.frame == "page":
-        student_centre_BS2 = _centres(student).gather(1, student_index_BS[..., None].expand(-1, -1, 2))
-        teacher_centre_BT2 = _centres(teacher).gather(1, teacher_index_BT[..., None].expand(-1, -1, 2))
-        distance_BST = (student_centre_BS2[:, :, None] - teacher_centre_BT2[:, None]).square().sum(-1)
-    else:
-        if cells is None:
-            raise ValueError("places on a page and on a trace are compared through cells")
-        between_BNM = cell_cost(
-            cell_shares(student.visual_box_BN4, student.visual_mask_BN, student.cell_box_BC4),
-            cell_shares(teacher.visual_box_BN4, teacher.visual_mask_BN, teacher.cell_box_BC4),
-            *cells,
-            position=1.0,
-            lead=LEAD_APART,
-        )
-        rows_B11 = torch.arange(len(between_BNM), device=between_BNM.device)[:, None, None]
-        distance_BST = between_BNM[rows_B11, student_index_BS[:, :, None], teacher_index_BT[:, None]]
-    return -weight * distance_BST * seen_BST
+        return (_centres(student)[:, :, None] - _centres(teacher)[:, None]).square().sum(-1)
+    if cells is None:
+        raise ValueError("places on a page and on a trace are compared through cells")
+    return cell_cost(
+        cell_shares(student.visual_box_BN4, student.visual_mask_BN, student.cell_box_BC4),
+        cell_shares(teacher.visual_box_BN4, teacher.visual_mask_BN, teacher.cell_box_BC4),
+        *cells,
+        position=1.0,
+        lead=LEAD_APART,
+    )
 
 
 def _centres(side: Side) -> Tensor:
@@ -205,6 +209,17 @@ def alignment_loss(
     return masked_mean((student_BSD - aligned_BSD).square().mean(-1), mask_BS)
 
 
+@full_precision
+def departures(states_BXD: Tensor, mask_BX: Tensor) -> Tensor:
+    """States [B, X, D] minus their mean over the rows that have the same place; what differs between records.
+
+    Zeros where the mask is False, and at places that one row alone has.
+    """
+    states_BXD = zero_where_masked(states_BXD, mask_BX)
+    mean_XD = states_BXD.sum(0) / mask_BX.sum(0).clamp_min(1)[:, None]
+    return zero_where_masked(states_BXD - mean_XD, mask_BX)
+
+
 @torch.no_grad()
 @full_precision
 def variance_share(states_BSD: Tensor, mask_BS: Tensor) -> float | None:
@@ -217,8 +232,7 @@ def variance_share(states_BSD: Tensor, mask_BS: Tensor) -> float | None:
     if not mask_BS.any():
         return None
     states_BSD = zero_where_masked(states_BSD, mask_BS)
-    position_mean_SD = states_BSD.sum(0) / mask_BS.sum(0).clamp_min(1)[:, None]
     mean_D = states_BSD.sum((0, 1)) / mask_BS.sum()
-    within = zero_where_masked(states_BSD - position_mean_SD, mask_BS).square().sum()
+    within = departures(states_BSD, mask_BS).square().sum()
     total = zero_where_masked(states_BSD - mean_D, mask_BS).square().sum()
     return float(within / total) if total > 0 else None

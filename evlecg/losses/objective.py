@@ -24,6 +24,8 @@ from evlecg.losses.alignment import (
     CrossAligner,
     alignment_loss,
     cross_causal_mask,
+    departures,
+    place_distance,
     position_bias,
     predicting_positions,
     strict_alignment_loss,
@@ -32,7 +34,14 @@ from evlecg.losses.alignment import (
     visual_states,
 )
 from evlecg.losses.baselines import BASELINES, Baseline
-from evlecg.losses.records import answer_relation, first_rows, of_neighbours, place_relation, question_states
+from evlecg.losses.records import (
+    answer_relation,
+    by_question,
+    first_rows,
+    of_neighbours,
+    place_relation,
+    question_states,
+)
 from evlecg.losses.relation import page_grid, pool_to_cells, relation_loss
 from evlecg.losses.stable import full_precision, zero_where_masked
 from evlecg.losses.terms import answer_accuracy, answer_count, answer_cross_entropy, frozen_reading, weighted
@@ -121,8 +130,10 @@ class EvlObjective(nn.Module):
             raise EvlecgError(f"alpha is a share, not {config.alpha}", where="objective.alpha", hint="0 to 1")
         self.config = config
         _check_transport(config)
+        _check_alignment(config)
         self.uses_alignment, self.uses_relation, self.uses_transport = _terms_used(config)
         self.uses_answers, self.uses_places = _records_used(config)
+        self.aligns_tokens = not config.strict and config.align.features != "states"
         self.relates_aligned = self.uses_relation and (config.strict or config.relation.source == "aligned")
         if self.relates_aligned and not self.uses_alignment and not config.strict:
             raise EvlecgError(
@@ -133,13 +144,13 @@ class EvlObjective(nn.Module):
         if self.needs and teacher is None:
             raise ValueError("this objective reads a teacher, and knows none")
         placed = student.visual_width in (None, student.width)
-        if not placed and (self.uses_alignment and config.align.scope == "visual"):
+        if not placed and self.uses_alignment and config.align.scope == "visual" and not self.aligns_tokens:
             raise EvlecgError(
                 "the student's visual tokens are not among its hidden states: they have a width of their own",
                 where="objective.align.scope",
                 hint="set it to all or answer",
             )
-        if not placed and self.relates_aligned and not config.strict:
+        if not placed and self.relates_aligned and not (config.strict or self.aligns_tokens):
             raise EvlecgError(
                 "the student's visual tokens are not among its hidden states, so no state is aligned with them",
                 where="objective.relation.source",
@@ -148,15 +159,14 @@ class EvlObjective(nn.Module):
         self.aligner: CrossAligner | None = None
         self.projection: nn.Linear | None = None
         if teacher is not None and (self.uses_alignment or self.relates_aligned):
-            if student.width % config.align.heads:
+            ours, theirs = (facts.token_width if self.aligns_tokens else facts.width for facts in (student, teacher))
+            if ours % config.align.heads:
                 raise EvlecgError(
-                    f"{config.align.heads} attention heads do not divide the student's width of {student.width}",
+                    f"{config.align.heads} attention heads do not divide the student's width of {ours}",
                     where="objective.align.heads",
-                    hint=f"for example {math.gcd(student.width, config.align.heads)}",
+                    hint=f"for example {math.gcd(ours, config.align.heads)}",
                 )
-            self.aligner = CrossAligner(
-                student.width, teacher.width, heads=config.align.heads, normalise=not config.strict
-            )
+            self.aligner = CrossAligner(ours, theirs, heads=config.align.heads, normalise=not config.strict)
         if teacher is not None and self.uses_transport:
             self.projection = nn.Linear(teacher.token_width, student.token_width, bias=False)
             # orthogonal: distances among teacher tokens survive, and so does their size per element
@@ -224,8 +234,8 @@ class EvlObjective(nn.Module):
             return found
         assert batch.teacher is not None
         if self.uses_alignment:
-            found["mhca"] = self._aligned_positions(side, batch.teacher).sum()
-            if not self.config.strict and self.config.align.anchor > 0:
+            found["mhca"] = self._aligned_count(batch)
+            if not (self.config.strict or self.aligns_tokens) and self.config.align.anchor > 0:
                 found["anchor"] = answer_count(side)
         if self.uses_transport:
             found["ot"] = (batch.teacher.visual_mask_BN.any(1) & side.visual_mask_BN.any(1)).sum()
@@ -296,6 +306,8 @@ class EvlObjective(nn.Module):
                 return _Terms(aligned_BSD=aligned_BSD)
             loss = strict_alignment_loss(student.hidden_BSD, aligned_BSD, student.side.valid_BS)
             return _Terms({"mhca": loss}, aligned_BSD)
+        if self.aligns_tokens:
+            return self._token_alignment(aligner, student, teacher, batch)
         visible_BST = self._visible(student.side, teacher.side)
         bias_BST = None
         if config.position_bias > 0:
@@ -305,13 +317,37 @@ class EvlObjective(nn.Module):
         aligned_BSD = aligner(query_BSD, teacher.hidden_BSD, visible_BST, bias_BST)
         predicting_BS = predicting_positions(student.side)
         anchored_BS = predicting_BS if config.anchor > 0 else torch.zeros_like(predicting_BS)
-        mask_BS = visible_BST.any(2) & self._scope(student.side)
-        loss = alignment_loss(student.hidden_BSD, aligned_BSD, mask_BS, anchored_BS, normalise=config.normalise)
+        if config.centred and batch.asked_Q is not None:
+            ours_GRD, mask_GR = by_question(question_states(student.hidden_BSD, student.side), batch.asked_Q)
+            aligned_GRD, _ = by_question(question_states(aligned_BSD, student.side), batch.asked_Q)
+            loss = _centred_loss(ours_GRD.transpose(0, 1), aligned_GRD.transpose(0, 1), mask_GR.T,
+                                 fixed=config.anchor > 0, normalise=config.normalise)  # fmt: skip
+        else:
+            mask_BS = visible_BST.any(2) & self._scope(student.side)
+            loss = alignment_loss(student.hidden_BSD, aligned_BSD, mask_BS, anchored_BS, normalise=config.normalise)
         if config.anchor == 0:
             return _Terms({"mhca": loss}, aligned_BSD)
         logits = frozen_reading(student.side.before_answers(aligned_BSD), student.side, output_head)
         anchor = answer_cross_entropy(logits, student.side.answer_ids_A)
         return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits)
+
+    def _token_alignment(self, aligner: CrossAligner, student: Outputs, teacher: Outputs, batch: Batch) -> _Terms:
+        """Alignment of visual tokens of any layer; no answer hangs on them, so that nothing is anchored."""
+        config = self.config.align
+        ours_BND, theirs_BME = (_tokens(outputs, config.features) for outputs in (student, teacher))
+        visible_BNM = student.side.visual_mask_BN[:, :, None] & teacher.side.visual_mask_BN[:, None]
+        bias_BNM = None
+        if config.position_bias > 0:
+            cells = batch.cell_lead_C, batch.cell_time_C2
+            bias_BNM = -config.position_bias * place_distance(student.side, teacher.side, cells=cells) * visible_BNM
+        query_BND = ours_BND.detach() if config.detach_query else ours_BND
+        aligned_BND = aligner(query_BND, theirs_BME, visible_BNM, bias_BNM)
+        mask_BN = visible_BNM.any(2)
+        if config.centred:
+            loss = _centred_loss(ours_BND, aligned_BND, mask_BN, fixed=False, normalise=config.normalise)
+        else:
+            loss = alignment_loss(ours_BND, aligned_BND, mask_BN, torch.zeros_like(mask_BN), normalise=config.normalise)
+        return _Terms({"mhca": loss}, aligned_BND)
 
     def transport(self, student: Outputs, teacher: Outputs, batch: Batch) -> Transport | None:
         """Plan and cost of a batch, None where the objective transports nothing."""
@@ -326,11 +362,19 @@ class EvlObjective(nn.Module):
             return predicting_positions(side)
         return side.visual_BS if self.config.align.scope == "visual" else side.valid_BS
 
-    def _aligned_positions(self, student: Side, teacher: Side) -> Tensor:
-        """Bool [B, S]: what the mean of the alignment term is over."""
+    def _aligned_count(self, batch: Batch) -> Tensor:
+        """How many positions the mean of the alignment term is over."""
+        student, teacher = batch.student, batch.teacher
+        assert teacher is not None
         if self.config.strict:
-            return student.valid_BS
-        return self._visible(student, teacher).any(2) & self._scope(student)
+            return student.valid_BS.sum()
+        if self.aligns_tokens:
+            mask_BN = student.visual_mask_BN & teacher.visual_mask_BN.any(1)[:, None]
+            return (mask_BN & (mask_BN.sum(0) > 1)).sum() if self.config.align.centred else mask_BN.sum()
+        if self.config.align.centred and batch.asked_Q is not None:
+            count_G = batch.asked_Q.unique(return_counts=True)[1]
+            return count_G[count_G > 1].sum()
+        return (self._visible(student, teacher).any(2) & self._scope(student)).sum()
 
     def _related(self, student: Side, teacher: Side) -> Tensor:
         """Bool: tokens or cells that relations are taken among, row by row."""
@@ -381,7 +425,9 @@ class EvlObjective(nn.Module):
         if self.relates_aligned:
             assert aligned_BSD is not None
             # a fixed target: the aligner is trained by its own term
-            target_BCE, target_mask_BC = _pooled(visual_states(aligned_BSD.detach(), student.side), student.side, grid)
+            aligned_BSD = aligned_BSD.detach()
+            aligned_BND = aligned_BSD if self.aligns_tokens else visual_states(aligned_BSD, student.side)
+            target_BCE, target_mask_BC = _pooled(aligned_BND, student.side, grid)
         else:
             target_BCE, target_mask_BC = _pooled(_tokens(teacher, config.features), teacher.side, grid)
         mask_BC = mask_BC & target_mask_BC
@@ -399,10 +445,12 @@ class EvlObjective(nn.Module):
         """
         found: dict[str, float | None] = {}
         if terms.aligned_BSD is not None:
-            side = student.side
+            side, states_BSD = student.side, student.hidden_BSD
             mask_BS = side.valid_BS if self.config.strict else self._scope(side)
+            if self.aligns_tokens:
+                states_BSD, mask_BS = _tokens(student, self.config.align.features), side.visual_mask_BN
             found["mhca_variance_share"] = variance_share(terms.aligned_BSD, mask_BS)
-            found["student_variance_share"] = variance_share(student.hidden_BSD, mask_BS)
+            found["student_variance_share"] = variance_share(states_BSD, mask_BS)
         if terms.anchor_logits is not None and len(terms.anchor_logits):
             found["anchor_accuracy"] = answer_accuracy(terms.anchor_logits, student.side.answer_ids_A)
         if terms.transport is not None:
@@ -456,7 +504,7 @@ def _evl_needs(config: ObjectiveConfig) -> frozenset[str]:
     answers, places = _records_used(config)
     found = set()
     if alignment or (relation and (config.strict or config.relation.source == "aligned")):
-        found.add("hidden")
+        found.add("hidden" if config.strict else _FEATURES[config.align.features])
     if transport:
         found.add(_FEATURES[config.transport.features])
     if relation and not config.strict:
@@ -468,7 +516,31 @@ def _evl_needs(config: ObjectiveConfig) -> frozenset[str]:
     return frozenset(found | {"teacher"}) if found else frozenset()
 
 
-_FEATURES = {"last": "visual", "projected": "projected"}  # recipe's word -> what a model must offer
+_FEATURES = {"states": "hidden", "last": "visual", "projected": "projected"}  # recipe's word -> what a model must offer
+
+
+def _centred_loss(ours_BXD: Tensor, aligned_BXD: Tensor, mask_BX: Tensor, *, fixed: bool, normalise: bool) -> Tensor:
+    """Alignment of what differs between rows at the same place; `fixed`: the aligned states do not move for it."""
+    mask_BX = mask_BX & (mask_BX.sum(0) > 1)
+    return alignment_loss(
+        departures(ours_BXD, mask_BX), departures(aligned_BXD, mask_BX), mask_BX,
+        torch.full_like(mask_BX, fixed), normalise=normalise,
+    )  # fmt: skip
+
+
+def _check_alignment(config: ObjectiveConfig) -> None:
+    """Refuses alignment options that contradict one another."""
+    align = config.align
+    where, tokens = "objective.align", align.features != "states"
+    if tokens and align.scope == "answer":
+        raise EvlecgError("visual tokens are no positions of an answer", where=f"{where}.scope",
+                          hint="all or visual, or objective.align.features: states")  # fmt: skip
+    if align.centred and not tokens and align.scope != "answer":
+        raise EvlecgError(
+            "records are compared at the same question or the same visual token",
+            where=f"{where}.centred",
+            hint="set objective.align.scope to answer, or objective.align.features to last or projected",
+        )
 
 
 def _check_transport(config: ObjectiveConfig) -> None:

@@ -41,12 +41,13 @@ from evlecg.protocol import (
     score,
 )  # fmt: skip
 from evlecg.protocol.bench import LABELS, OPEN
+from evlecg.protocol.past import PARSED, Rows, drops_since, read_parsed
 from evlecg.recipe import DataConfig, PageConfig, nearest, page_size
 from evlecg.report import Cost, Gates, Report, Robustness, check_gates, counted, environment, write_report
 from evlecg.schema import Question, Sample
 
 PROTOCOLS = ("likelihood", "ecgbench")
-PREDICTIONS, PARSED, WORK = "predictions.jsonl", "parsed.jsonl", "work.json"
+PREDICTIONS, WORK = "predictions.jsonl", "work.json"
 CHOOSE_BY = ("line", "letter", "text")  # of models.score.OPTIONS, which this module does not load torch to read
 
 
@@ -152,6 +153,7 @@ def evaluate_text(
         EvlecgError: no questions, predictions that do not fit them, or a gate on a score that is not there.
     """
     gates = gates or Gates()
+    older = None if gates.max_drop_vs is None else read_parsed(gates.max_drop_vs, text.parser)
     if text.predictions is not None and (robustness or cost):
         raise EvlecgError("answers made elsewhere have no cost here, and no other pages", where="--predictions",
                           hint="leave --robustness and --cost out")  # fmt: skip
@@ -177,7 +179,9 @@ def evaluate_text(
         provenance: dict[str, Any] = {"model": {"predictions": str(text.predictions)}}
         name = model_of(replies, str(text.predictions))
         with new_folder(out, overwrite) as folder:
-            return _written(name, prepared, split, joined, text, verdicts, folder, n_boot, left_out, provenance, gates)
+            return _written(
+                name, prepared, split, joined, text, verdicts, folder, n_boot, left_out, provenance, gates, older
+            )
 
     checkpoint = models.inspect(model)
     page = page or trained_with(Path(checkpoint.source)).page
@@ -220,8 +224,8 @@ def evaluate_text(
             **answerer.provenance(),
         }  # fmt: skip
         return _written(
-            model, prepared, split, joined, text, verdicts, folder, n_boot, left_out, provenance, gates, measured,
-            disturbed,
+            model, prepared, split, joined, text, verdicts, folder, n_boot, left_out, provenance, gates, older,
+            measured, disturbed,
         )  # fmt: skip
 
 
@@ -424,10 +428,12 @@ def _question(entry: _Asked, by_item: Mapping[tuple[str, str], _Asked], log: Rep
 def _written(
     name: str, prepared: Prepared, split: str, joined: Joined, text: TextProtocol, verdicts: Verdicts | None,
     folder: Path, n_boot: int, left_out: Mapping[str, str], provenance: Mapping[str, Any], gates: Gates,
+    older: Rows | None,
     cost: Cost | None = None, disturbed: Mapping[str, Joined] | None = None,
 ) -> Report:  # fmt: skip
     """Scores, writes parsed.jsonl, predictions.jsonl where it was made elsewhere, and the report."""
     scores = score(joined, parser=text.parser, verdicts=verdicts, n_boot=n_boot, seed=text.seed)
+    drops = None if older is None else drops_since(older, scores, n_boot=n_boot)
     if not (folder / PREDICTIONS).exists():
         with ReplyLog(folder / PREDICTIONS) as log:
             for item, reply in joined.pairs:
@@ -437,7 +443,7 @@ def _written(
     write_text_atomic(folder / PARSED, "".join(lines))
     report = dataclasses.replace(
         _report(name, prepared, split, scores, text, left_out, provenance), cost=cost,
-        gates=check_gates(gates, None, scores=scores.scores()),
+        gates=check_gates(gates, None, drops, scores.scores()),
         text_robustness=_robustness(scores, disturbed or {}, text, n_boot),
     )  # fmt: skip
     write_report(report, folder)

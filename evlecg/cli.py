@@ -358,7 +358,8 @@ def eval_(
         list[str] | None, typer.Option(metavar="LABEL=AUROC", help="Gate: least AUROC of a label, repeatable.")
     ] = None,
     max_drop_vs: Annotated[
-        Path | None, typer.Option(help="Gate: report folder that macro AUROC may not fall behind, same records.")
+        Path | None,
+        typer.Option(help="Gate: report folder that macro AUROC, or a subset's number, may not fall behind."),
     ] = None,
     max_drop: Annotated[float | None, typer.Option(help="How far it may (default: 0.01).")] = None,
     min_score: Annotated[

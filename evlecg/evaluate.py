@@ -217,9 +217,7 @@ def evaluate(
             scored, validation, groups=group_N, group_orders=BANDS, label_groups=labels_by_basis(names),
             no_validation=why_not, n_boot=n_boot,
         )  # fmt: skip
-        drop = None
-        if older is not None:
-            drop = _difference(older, scored, n_boot)
+        drops = None if older is None else {"macro AUROC": _difference(older, scored, n_boot)}
         report = Report(
             model=model,
             dataset=str(prepared.manifest["dataset"]),
@@ -234,7 +232,7 @@ def evaluate(
             group_formulas={name: BAND_FORMULAS[name] for name in group_N if name in BAND_FORMULAS},
             robustness=_robustness(scored, disturbed, n_boot) if robustness else None,
             cost=measure_cost(loaded, scorer, samples) if cost else None,
-            gates=check_gates(gates, measured.auroc, drop, measured.scores()),
+            gates=check_gates(gates, measured.auroc, drops, measured.scores()),
         )
         write_report(report, folder)
     return launch.from_first(report)

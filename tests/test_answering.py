@@ -263,6 +263,51 @@ def test_answers_in_words_have_gates_disturbed_pages_and_a_cost(
         assert code == 2 and said in err and not Path("s").exists()
 
 
+def test_answers_in_words_may_not_fall_behind_an_older_report(
+    checkpoints, bench, tmp_path, spoken, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rights = {"ptb-test": ["NORM", "MI"], "csn-test-no-cot": ["B", "A"], "ecgqa-test": ["sinus rhythm"]}
+    said = {
+        subset: dict(zip([item[0] for item in ITEMS[subset]], texts, strict=True)) for subset, texts in rights.items()
+    }
+    for name, worse in (("older", {}), ("now", {"csn-test-no-cot": {"7": "C"}})):
+        rows = [{"question_id": item, "text": worse.get(subset, {}).get(item, text), "subset": subset}
+                for subset, texts in said.items() for item, text in texts.items()]  # fmt: skip
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["eval", "--dataset", str(bench), "-q", "--overwrite"]
+    code, _, err = run(
+        *common, "--predictions", "older.jsonl", "--out", "older", monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 0, err
+    code, _, err = run(*common, "--predictions", "now.jsonl", "--max-drop-vs", "older", "--junit", "gates.xml",
+                         "--out", "now", monkeypatch=monkeypatch, capsys=capsys)  # fmt: skip
+    assert code == 3, err
+    checks = {check["name"]: check for check in json.loads(Path("now/report.json").read_text())["gates"]["checks"]}
+    assert {name: check["met"] for name, check in checks.items()} == {
+        "--max-drop-vs ptb-test.auc_hard": True,
+        "--max-drop-vs csn-test-no-cot.accuracy": False,
+        "--max-drop-vs ecgqa-test.accuracy": True,
+    }
+    dropped = checks["--max-drop-vs csn-test-no-cot.accuracy"]
+    assert dropped["value"] == 0.5 and "+0.500 lower" in dropped["detail"] and "same 2 questions" in dropped["detail"]
+    assert Path("gates.xml").read_text().count("<failure") == 1
+    model = ["--model", str(checkpoints["idefics3"]), "--max-drop-vs"]
+    for arguments, told in (
+        (["--predictions", "now.jsonl", "--parser", "strict", "--max-drop-vs", "older"], "--parser pulse"),
+        ([*model, "nowhere"], "not a report folder with answers in words"),
+    ):  # fmt: skip
+        code, _, err = run(*common, *arguments, "--out", "s", monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2 and told in err and not Path("s").exists()
+    assert not spoken, "an older report is read before a model is asked anything"
+    Path("older/parsed.jsonl").write_text(
+        Path("older/parsed.jsonl").read_text().replace('"right": ["NORM"]', '"right": ["MI"]')
+    )
+    code, _, err = run(*common, "--predictions", "now.jsonl", "--max-drop-vs", "older", "--out", "s",
+                       monkeypatch=monkeypatch, capsys=capsys)  # fmt: skip
+    assert code == 2 and "disagree on the right answer of ptb-test ptb-test-1" in err
+
+
 def test_ids_that_are_not_unique_are_told_apart(bench):
     from evlecg.answering import _asked
 

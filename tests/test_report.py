@@ -328,13 +328,14 @@ def test_gates_compare_the_value_and_state_the_interval(tmp_path: Path) -> None:
     drop = compare(AUROC, {"old": old, "new": new}, n_boot=N_BOOT).pairs[0].headline
     assert drop.value > 0.02
     asked = Gates(auroc.headline.value, {"MI": 0.1, "NORM": 0.1}, Path("reports/last"), max_drop=drop.value - 1e-6)
-    at_bound, undefined, label, dropped = check_gates(asked, auroc, drop)
+    drops = {"macro AUROC": drop}
+    at_bound, undefined, label, dropped = check_gates(asked, auroc, drops)
     assert at_bound.met and not check_gates(Gates(min_auc=auroc.headline.value + 1e-9), auroc)[0].met
     assert not undefined.met and "all 100 records are negative" in undefined.detail
     assert label.met and label.name == "--min-label-auc NORM"
     assert not dropped.met and dropped.ci95 == drop.ci95 and "100 records" in dropped.detail
     assert f"{drop.ci95[0]:+.3f} to {drop.ci95[1]:+.3f}" in dropped.detail
-    assert check_gates(dataclasses.replace(asked, max_drop=drop.value), auroc, drop)[-1].met
+    assert check_gates(dataclasses.replace(asked, max_drop=drop.value), auroc, drops)[-1].met
     report = make(gates=(at_bound, undefined))
     assert report.to_dict()["gates"]["met"] is False and not report.gates_met
     assert [check["met"] for check in report.to_dict()["gates"]["checks"]] == [True, False]

@@ -28,7 +28,8 @@ class Gates:
         min_auc: least macro AUROC.
         min_label_auc: label -> least AUROC.
         max_drop_vs: folder of an older report that is not to be fallen behind.
-        max_drop: by how much macro AUROC may be lower than there, on the records of both.
+        max_drop: by how much macro AUROC may be lower than there, on the records of both; of answers in words, the
+            number of every subset, on the questions of both.
         min_score: name -> least value of another number: of decisions (`auc_hard`, `f1`, `accuracy`, ...), or of
             answers in words (a subset, or SUBSET.METRIC).
     """
@@ -74,22 +75,25 @@ class GateResult:
 
 
 def check_gates(
-    gates: Gates, auroc: Estimates | None, drop: Difference | None = None, scores: Mapping[str, Estimate] | None = None
+    gates: Gates,
+    auroc: Estimates | None,
+    drops: Mapping[str, Difference] | None = None,
+    scores: Mapping[str, Estimate] | None = None,
 ) -> tuple[GateResult, ...]:
     """Every gate that was asked for, in the order of the options.
 
     Args:
         gates: what was asked.
         auroc: of the report; None where answers in words are reported.
-        drop: macro AUROC of the older report minus this one's, on the same records; needed for `max_drop_vs`.
+        drops: name of a number -> that of the older report minus this one's, on the same records; for `max_drop_vs`.
         scores: what `min_score` may name.
 
     Raises:
         EvlecgError: an AUROC is asked of answers in words, or a score that is not there.
     """
     results = []
-    if auroc is None and (gates.min_auc is not None or gates.min_label_auc or gates.max_drop_vs is not None):
-        raise EvlecgError("answers in words have no AUROC", where="--min-auc, --min-label-auc, --max-drop-vs",
+    if auroc is None and (gates.min_auc is not None or gates.min_label_auc):
+        raise EvlecgError("answers in words have no AUROC", where="--min-auc, --min-label-auc",
                           hint="--min-score NAME=VALUE")  # fmt: skip
     if auroc is not None and gates.min_auc is not None:
         results.append(_least("--min-auc", "macro AUROC", gates.min_auc, auroc.headline))
@@ -103,14 +107,17 @@ def check_gates(
                               hint=f"one of {', '.join(scores or ())}")  # fmt: skip
         results.append(_least(f"--min-score {name}", name, least, found))
     if gates.max_drop_vs is not None:
-        assert drop is not None
-        met = drop.value is not None and drop.value <= gates.max_drop
-        if drop.value is None:
-            detail = f"the drop is undefined: {drop.undefined_because}"
-        else:
-            detail = (f"macro AUROC is {drop.value:+.3f} lower{_in_brackets(drop.ci95, sign='+')} than in "
-                      f"{gates.max_drop_vs} on the same {drop.n} records, allowed: {gates.max_drop:g}")  # fmt: skip
-        results.append(GateResult("--max-drop-vs", met, gates.max_drop, drop.value, drop.ci95, detail))
+        assert drops
+        for what, drop in drops.items():
+            met = drop.value is not None and drop.value <= gates.max_drop
+            if drop.value is None:
+                detail = f"the drop of {what} is undefined: {drop.undefined_because}"
+            else:
+                unit = "records" if auroc is not None else "questions"
+                detail = (f"{what} is {drop.value:+.3f} lower{_in_brackets(drop.ci95, sign='+')} than in "
+                          f"{gates.max_drop_vs} on the same {drop.n} {unit}, allowed: {gates.max_drop:g}")  # fmt: skip
+            name = "--max-drop-vs" if auroc is not None else f"--max-drop-vs {what}"
+            results.append(GateResult(name, met, gates.max_drop, drop.value, drop.ci95, detail))
     return tuple(results)
 
 

@@ -183,10 +183,10 @@ def choose(study: Study, results: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
 
 def final_cells(study: Study, chosen: Sequence[Mapping[str, Any]]) -> list[Cell]:
-    """The final stage: what was chosen, with every seed."""
+    """The final stage: what was chosen, with every seed; seed by seed, so that one that is stopped has whole tables."""
     return [
         Cell("final", row["pair"], row["method"], row["size"], seed, row["configuration"])
-        for row, seed in itertools.product(chosen, study.seeds)
+        for seed, row in itertools.product(study.seeds, chosen)
     ]
 
 

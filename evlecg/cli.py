@@ -491,7 +491,8 @@ def _compare(
     **scoring: Any,
 ) -> None:  # fmt: skip
     """Scores those that are not reports yet, then all against each other."""
-    from evlecg.evaluate import compare_reports, evaluate, is_report
+    from evlecg.comparing import compare_reports, is_report
+    from evlecg.evaluate import evaluate
     from evlecg.pipeline import named_data
 
     if len(set(named)) < 2:

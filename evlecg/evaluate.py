@@ -38,17 +38,14 @@ from evlecg.progress import Progress
 from evlecg.recipe import DataConfig, PageConfig, SignalConfig
 from evlecg.report import (
     Gates,
-    ModelComparison,
     Report,
     Robustness,
     WorstRecord,
     check_gates,
-    compare_models,
     environment,
     measure,
     on_shared,
     worst_records,
-    write_comparison,
     write_report,
 )
 from evlecg.schema import Sample
@@ -217,7 +214,7 @@ def evaluate(
             scored, validation, groups=group_N, group_orders=BANDS, label_groups=labels_by_basis(names),
             no_validation=why_not, n_boot=n_boot,
         )  # fmt: skip
-        drops = None if older is None else {"macro AUROC": _difference(older, scored, n_boot)}
+        drops = None if older is None else {"macro AUROC": difference(older, scored, n_boot)}
         report = Report(
             model=model,
             dataset=str(prepared.manifest["dataset"]),
@@ -431,70 +428,7 @@ def read_scored(folder: Path, labels: Sequence[str] | None = None, name: str = P
         raise EvlecgError("predictions are damaged", where=path, hint="score the model again") from error
 
 
-def is_report(folder: Path) -> bool:
-    """Whether a folder holds a report's predictions."""
-    return (folder / PREDICTIONS).is_file() and (folder / "report.json").is_file()
-
-
-def paired(report_a: Path, report_b: Path, *, n_boot: int = N_BOOT) -> Difference:
-    """Macro AUROC of report A minus report B on the records and labels of both, with interval and p.
-
-    Raises:
-        EvlecgError: they share none, or a truth differs.
-    """
-    return _difference(read_scored(report_a), read_scored(report_b), n_boot)
-
-
-def _difference(a: Scored, b: Scored, n_boot: int) -> Difference:
+def difference(a: Scored, b: Scored, n_boot: int) -> Difference:
+    """Macro AUROC of A minus B on the records and labels of both."""
     shared, _ = on_shared({"a": a, "b": b})
     return compare(AUROC, shared, n_boot=n_boot).pairs[0].headline
-
-
-def compare_reports(
-    named: Mapping[str, Path], *, out: Path, n_boot: int = N_BOOT, overwrite: bool = False
-) -> ModelComparison:
-    """Reports on the same records, every two of them, the earlier minus the later; writes comparison.{json,md,html}.
-
-    Args:
-        named: name -> report folder.
-        out: folder to write.
-        n_boot: bootstrap resamples over patients.
-        overwrite: replace what `out` holds.
-
-    Raises:
-        EvlecgError: fewer than two, a folder without predictions, no shared record, or truths that differ.
-    """
-    if len(named) < 2:
-        raise EvlecgError("a comparison needs two models or more", where="--compare")
-    scored = {name: read_scored(folder) for name, folder in named.items()}
-    labels = next(iter(on_shared(scored)[0].values())).labels
-    validation = None
-    if all((folder / VALIDATION).is_file() for folder in named.values()):
-        validation = {name: read_scored(folder, name=VALIDATION) for name, folder in named.items()}
-        validation = {name: _columns(found, labels) for name, found in validation.items()}
-    found = compare_models(scored, validation, label_groups=labels_by_basis(labels), n_boot=n_boot)
-    found = dataclasses.replace(found, notes=(*_scored_on(named), *found.notes))
-    with new_folder(out, overwrite) as folder:
-        write_comparison(found, folder, " against ".join(named))
-    return found
-
-
-def _scored_on(named: Mapping[str, Path]) -> tuple[str, ...]:
-    """What reports say they are of, where they are there and of one thing."""
-    told = set()
-    for folder in named.values():
-        if (folder / "report.json").is_file():
-            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            told.add(f"Scored on {report['dataset']} ({report['split']}).")
-    return tuple(told) if len(told) == 1 else ()
-
-
-def _columns(scored: Scored, labels: Sequence[str]) -> Scored:
-    """Some of the labels; one that nobody assessed is a column without truths."""
-    shape = len(scored.patient_ids), len(labels)
-    value_NK, truth_NK = np.full(shape, np.nan), np.full(shape, np.nan)
-    for k, label in enumerate(labels):
-        if label in scored.labels:
-            column = scored.labels.index(label)
-            value_NK[:, k], truth_NK[:, k] = scored.value_NK[:, column], scored.truth_NK[:, column]
-    return Scored(value_NK, truth_NK, scored.patient_ids, tuple(labels), scored.record_ids)

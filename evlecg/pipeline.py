@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from evlecg import launch
+from evlecg.comparing import compare_reports, paired
 from evlecg.data.readers import READERS
 from evlecg.data.store import Prepared, is_prepared, read_manifest
 from evlecg.data.tasks import chosen_labels
 from evlecg.distill import DryRun, RunResult, distill, rehearse
 from evlecg.errors import EvlecgError
-from evlecg.evaluate import compare_reports, evaluate, paired
+from evlecg.evaluate import evaluate
 from evlecg.export import ExportResult, export
 from evlecg.files import write_text_atomic
 from evlecg.metrics import Difference

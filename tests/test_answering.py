@@ -292,6 +292,15 @@ def test_answers_in_words_may_not_fall_behind_an_older_report(
     dropped = checks["--max-drop-vs csn-test-no-cot.accuracy"]
     assert dropped["value"] == 0.5 and "+0.500 lower" in dropped["detail"] and "same 2 questions" in dropped["detail"]
     assert Path("gates.xml").read_text().count("<failure") == 1
+    code, out, err = run("eval", "--compare", "older", "now", "-q", "--out", "both", "--json",
+                         monkeypatch=monkeypatch, capsys=capsys)  # fmt: skip
+    assert code == 0, err
+    told = json.loads(out)["answers"]
+    assert set(told) == {"PTB-XL Super", "CSN", "ECG-QA"} and told["CSN"]["metric"] == "accuracy"
+    (difference,) = told["CSN"]["pairs"][0]["overall"].values()
+    assert difference["value"] == 0.5 and told["CSN"]["mcnemar"][0]["n_only_a"] == 1
+    assert told["CSN"]["mcnemar"][0]["p_exact_holm"] == 1.0
+    assert "| CSN | older − now | accuracy | +0.500" in Path("both/comparison.md").read_text()
     model = ["--model", str(checkpoints["idefics3"]), "--max-drop-vs"]
     for arguments, told in (
         (["--predictions", "now.jsonl", "--parser", "strict", "--max-drop-vs", "older"], "--parser pulse"),

@@ -14,12 +14,13 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from evlecg import cli
+from evlecg.comparing import compare_reports
 from evlecg.cost import measure_cost
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import label_samples
 from evlecg.disturbed import DISTURBANCES, DisturbedPages, check_disturbances, chosen_disturbances
 from evlecg.errors import EvlecgError
-from evlecg.evaluate import PREDICTIONS, VALIDATION, compare_reports, evaluate, read_scored
+from evlecg.evaluate import PREDICTIONS, VALIDATION, evaluate, read_scored
 from evlecg.metrics import AUROC, estimate
 from evlecg.models import load as models
 from evlecg.models.batch import draw

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from evlecg.files import write_text_atomic
 from evlecg.report.comparison import (
+    AnswerComparison,
     ModelComparison,
+    compare_answers,
     compare_models,
     comparison_dict,
     comparison_markdown,
     comparison_table,
     on_shared,
+    write_answer_comparison,
     write_comparison,
 )
 from evlecg.report.data import SCORE_FORMULAS, Cost, Report, Robustness, TextSection, environment
@@ -29,6 +32,7 @@ from evlecg.report.sections import UNDEFINED, Section, Table, counted, estimate_
 __all__ = [
     "SCORE_FORMULAS",
     "UNDEFINED",
+    "AnswerComparison",
     "Cost",
     "GateResult",
     "Gates",
@@ -41,6 +45,7 @@ __all__ = [
     "TextSection",
     "WorstRecord",
     "check_gates",
+    "compare_answers",
     "compare_models",
     "comparison_dict",
     "comparison_markdown",
@@ -54,6 +59,7 @@ __all__ = [
     "to_html",
     "to_markdown",
     "worst_records",
+    "write_answer_comparison",
     "write_comparison",
     "write_junit",
     "write_report",

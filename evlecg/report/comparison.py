@@ -20,6 +20,7 @@ from evlecg.metrics import (
     Comparison,
     DeLongTest,
     McNemar,
+    Metric,
     Scored,
     compare,
     delong_test,
@@ -32,7 +33,15 @@ from evlecg.report.data import Report
 from evlecg.report.html import page_html, section_html
 from evlecg.report.markdown import section_lines, table_lines
 from evlecg.report.measured import ANSWERED
-from evlecg.report.sections import RULE_WORDS, Table, comparison_sections, estimate_text, number
+from evlecg.report.sections import (
+    RULE_WORDS,
+    Section,
+    Table,
+    answer_sections,
+    comparison_sections,
+    estimate_text,
+    number,
+)
 
 
 def comparison_table(rows: Sequence[tuple[str, Report]]) -> Table:
@@ -184,6 +193,74 @@ def compare_models(
     )
 
 
+@dataclass(frozen=True)
+class AnswerComparison:
+    """Models' answers in words to the same questions.
+
+    Attributes:
+        subsets: title -> differences of its number, McNemar's test of every pair.
+        notes: what was left out, and how answers were read.
+    """
+
+    subsets: Mapping[str, tuple[Comparison, tuple[McNemar, ...]]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def p_holm(self) -> dict[tuple[str, str, str], float | None]:
+        """(title, model, other model) -> p of the difference, adjusted over all of them."""
+        raw = {(title, pair.a, pair.b): pair.headline.p
+               for title, (comparison, _) in self.subsets.items() for pair in comparison.pairs}  # fmt: skip
+        return dict(zip(raw, holm(list(raw.values())), strict=True))
+
+    @property
+    def mcnemar_p_holm(self) -> list[float | None]:
+        """Exact p of all tests in their order, adjusted over all of them."""
+        return holm([test.p_exact for _, tests in self.subsets.values() for test in tests])
+
+    def to_dict(self) -> dict[str, Any]:
+        adjusted, exact = self.p_holm, iter(self.mcnemar_p_holm)
+        return {
+            "answers": {
+                title: {
+                    **comparison.to_dict(),
+                    "p_holm": {f"{pair.a} - {pair.b}": adjusted[title, pair.a, pair.b] for pair in comparison.pairs},
+                    "mcnemar": [{**test.to_dict(), "p_exact_holm": next(exact)} for test in tests],
+                }
+                for title, (comparison, tests) in self.subsets.items()
+            },
+            "notes": list(self.notes),
+        }
+
+
+def compare_answers(
+    subsets: Mapping[str, tuple[Metric, Mapping[str, Scored]]], *, n_boot: int = N_BOOT, seed: int = 0
+) -> AnswerComparison:
+    """Every two models on every subset, the earlier minus the later.
+
+    Args:
+        subsets: title -> its metric; name -> decisions, or right and wrong, on the same questions.
+        n_boot: bootstrap resamples over patients.
+        seed: of the resamples.
+    """
+    return AnswerComparison({
+        title: (
+            compare(metric, scored, n_boot=n_boot, seed=seed),
+            tuple(mcnemar({a: scored[a], b: scored[b]}) for a, b in combinations(scored, 2)),
+        )
+        for title, (metric, scored) in subsets.items()
+    })  # fmt: skip
+
+
+def write_answer_comparison(found: AnswerComparison, out: Path, title: str) -> None:
+    """As `write_comparison`, of answers in words."""
+    _write(
+        found.to_dict(),
+        list(answer_sections(found.subsets, found.p_holm, found.mcnemar_p_holm, found.notes)),
+        out,
+        title,
+    )
+
+
 def write_comparison(found: ModelComparison, out: Path, title: str) -> None:
     """Writes comparison.json, comparison.md and comparison.html into the folder `out`.
 
@@ -193,10 +270,13 @@ def write_comparison(found: ModelComparison, out: Path, title: str) -> None:
     told = [(RULE_WORDS[rule], test, p) for (rule, test), p in zip(found.tests, found.mcnemar_p_holm, strict=True)]
     delong = dict(zip(((test.a, test.b, test.label) for test in found.delong),
                       zip(found.delong, found.delong_p_holm, strict=True), strict=True))  # fmt: skip
-    parts = list(comparison_sections(found.auroc, told, found.notes, delong))
+    _write(found.to_dict(), list(comparison_sections(found.auroc, told, found.notes, delong)), out, title)
+
+
+def _write(tree: Mapping[str, Any], parts: Sequence[Section], out: Path, title: str) -> None:
     html = [f"<h1>{escape(title)}</h1>", *(line for section in parts for line in section_html(section))]
     texts = {
-        "comparison.json": json.dumps(found.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "comparison.json": json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "comparison.md": "\n".join([f"# {title}", "", *section_lines(parts)]),
         "comparison.html": page_html(title, html),
     }

@@ -16,6 +16,7 @@ from evlecg.report.measured import AS_ANSWERED, FIXED_SPECIFICITY, Measured
 from evlecg.report.published import published_for
 
 UNDEFINED = "–"
+ABOVE_0 = "Above 0 the first of the two is better."
 FEW = 10  # records
 SUMMED = "an answer is written in several ways, whose probabilities add up"
 CALIBRATED = (
@@ -411,14 +412,11 @@ def comparison_sections(
         notes: what was left out.
         delong: (model, other model, label) -> DeLong's test, its p after Holm.
     """
-    rows = [(name, *(estimate_text(found) for found in estimates.overall.values()),
-             str(estimates.headline.n), str(estimates.headline.n_patients))
-            for name, estimates in comparison.models.items()]  # fmt: skip
     first = next(iter(comparison.models.values()))
     told = [f"{pair.a} minus {pair.b}: macro AUROC {difference_text(pair.headline)}, p {p_text(pair.headline.p_holm)} "
             f"(adjusted over {counted(len(comparison.pairs), 'pair')})." for pair in comparison.pairs]  # fmt: skip
-    yield Section("models", "Models", (*told, "Above 0 the first of the two is better.", *notes), (
-        Table(("model", *(f"{kind} AUROC" for kind in first.overall), "records", "patients"), rows),))  # fmt: skip
+    heads = tuple(f"{kind} AUROC" for kind in first.overall)
+    yield Section("models", "Models", (*told, ABOVE_0, *notes), (_models_table(comparison, heads, "records"),))
 
     def differences(title: str, key: str, part: str, lead: tuple[str, ...]) -> Section:
         rows = [
@@ -446,14 +444,8 @@ def comparison_sections(
             ), (Table(("models", "contrast", "difference (95% interval)", "p", "p (Holm)"), rows),))  # fmt: skip
     yield _labels_compared(comparison, delong)
     if tests:
-        rows = [(f"{test.a} − {test.b}", rule, UNDEFINED if test.value is None else f"{test.value:+.3f}",
-                 p_text(test.p_exact), p_text(p_holm), p_text(test.p_mid), mcnemar_text(test))
-                for rule, test, p_holm in tests]  # fmt: skip
-        heads = ("models", "decided by", "difference in accuracy", "p (exact)", "p (exact, Holm)", "p (mid)", "records")
-        yield Section("mcnemar", "Exact answers (McNemar)", (
-            "An answer to a record is right where all its labels are.",
-            *dict.fromkeys(test.caveat for _, test, _ in tests if test.caveat),
-        ), (Table(heads, rows),))  # fmt: skip
+        told = ["An answer to a record is right where all its labels are."]
+        yield _mcnemar_section("Exact answers (McNemar)", "decided by", told, tests)
     some = comparison.pairs[0].headline
     yield Section("formulas", "How the numbers are formed", (
         some.method, some.interval_method, *dict.fromkeys(test.method for _, test, _ in tests),
@@ -461,6 +453,66 @@ def comparison_sections(
         "p (Holm) is adjusted within each table: differences over all labels over the pairs, labels over all labels "
         "and pairs, exact answers over the pairs of one rule",
     ))  # fmt: skip
+
+
+def answer_sections(
+    subsets: Mapping[str, tuple[Comparison, Sequence[McNemar]]],
+    p_holm: Mapping[tuple[str, str, str], float | None],
+    mcnemar_p_holm: Sequence[float | None],
+    notes: Sequence[str],
+) -> Iterator[Section]:
+    """Models' answers to the same questions, subset by subset.
+
+    Args:
+        subsets: title -> its comparison, McNemar's test of every pair.
+        p_holm: (title, model, other model) -> p of the difference, after Holm over all of them.
+        mcnemar_p_holm: exact p of the tests in their order, after Holm over all of them.
+        notes: what was left out, and how answers were read.
+    """
+    rows = [
+        (title, f"{pair.a} − {pair.b}", comparison.metric, difference_text(pair.headline), p_text(pair.headline.p),
+         p_text(p_holm[title, pair.a, pair.b]), pair.headline.undefined_because or "")
+        for title, (comparison, _) in subsets.items()
+        for pair in comparison.pairs
+    ]  # fmt: skip
+    heads = ("questions", "models", "of", "difference (95% interval)", "p", "p (Holm)", "")
+    yield Section("models", "Differences", (ABOVE_0, *notes), (Table(heads, rows),))
+    for title, (comparison, _) in subsets.items():
+        first = next(iter(comparison.models.values()))
+        heads = (
+            (comparison.metric,)
+            if len(first.overall) == 1
+            else tuple(f"{k} {comparison.metric}" for k in first.overall)
+        )
+        yield Section("answers", title, (), (_models_table(comparison, heads, "questions"),))
+    told = [(title, test) for title, (_, tests) in subsets.items() for test in tests]
+    tests = [(title, test, p) for (title, test), p in zip(told, mcnemar_p_holm, strict=True)]
+    yield _mcnemar_section("Exactly right answers (McNemar)", "questions", [], tests)
+    methods = [(pair.headline.method, pair.headline.interval_method)
+               for comparison, _ in subsets.values() for pair in comparison.pairs]  # fmt: skip
+    yield Section("formulas", "How the numbers are formed", (
+        *dict.fromkeys(text for both in methods for text in both), *dict.fromkeys(test.method for _, test, _ in tests),
+        "p (Holm) is adjusted over all pairs of all questions' subsets",
+    ))  # fmt: skip
+
+
+def _models_table(comparison: Comparison, heads: Sequence[str], unit: str) -> Table:
+    rows = [(name, *(estimate_text(found) for found in estimates.overall.values()),
+             str(estimates.headline.n), str(estimates.headline.n_patients))
+            for name, estimates in comparison.models.items()]  # fmt: skip
+    return Table(("model", *heads, unit, "patients"), rows)
+
+
+def _mcnemar_section(
+    title: str, by: str, told: Sequence[str], tests: Sequence[tuple[str, McNemar, float | None]]
+) -> Section:
+    """(what decided, or what was asked; the test; its exact p after Holm), a row each."""
+    rows = [(f"{test.a} − {test.b}", rule, UNDEFINED if test.value is None else f"{test.value:+.3f}",
+             p_text(test.p_exact), p_text(p_holm), p_text(test.p_mid), mcnemar_text(test))
+            for rule, test, p_holm in tests]  # fmt: skip
+    heads = ("models", by, "difference in accuracy", "p (exact)", "p (exact, Holm)", "p (mid)", "records")
+    caveats = dict.fromkeys(test.caveat for _, test, _ in tests if test.caveat)
+    return Section("mcnemar", title, (*told, *caveats), (Table(heads, rows),))
 
 
 def _labels_compared(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from evlecg.data.store import Prepared
 from evlecg.data.tasks import label_samples
-from evlecg.losses.objective import METHODS
+from evlecg.losses.objective import METHODS, needs_of
 from evlecg.models import load as models
 from evlecg.models.batch import BatchBuilder
 from evlecg.models.encode import Encoder
@@ -44,8 +44,8 @@ FIELDS = ("hidden", "visual", "projected", "answer")
 BATCH = 16
 TARGET = 1.15
 TOP_K = 50
-QUICKSTART = ObjectiveConfig(lambda_ot=0.0)
-ALL_TERMS = ObjectiveConfig(lambda_m=0.1)
+QUICKSTART = load_recipe("quickstart").objective
+ALL_TERMS = dataclasses.replace(QUICKSTART, lambda_m=0.1, lambda_r=1.0, lambda_ot=0.1)
 LOSSES = {"evl": ALL_TERMS, "kl": ObjectiveConfig(), "uld": ObjectiveConfig(), "feature": ObjectiveConfig()}
 
 
@@ -175,10 +175,8 @@ def measure_epoch(pair: Pair, rounds: int) -> dict[str, Any]:
 
     sft = "SFT-only"
     ways: dict[str, Any] = {sft: training(alone, None, "ce", QUICKSTART)}
-    for name, config, fields in (
-        ("quickstart", QUICKSTART, ("visual",)),
-        ("all terms", ALL_TERMS, ("hidden", "visual")),
-    ):
+    for name, config in (("quickstart", QUICKSTART), ("all terms", ALL_TERMS)):
+        fields = tuple(field for field in FIELDS if field in needs_of("evl", config))
         ways[f"{name}, cached"] = training(*pair.stored("low_rank", fields), "evl", config)
         ways[f"{name}, live"] = training(pair.builder, pair.live, "evl", config)
     ways["uld, cached"] = training(*pair.stored("low_rank", ("answer",)), "uld", QUICKSTART)

@@ -6,19 +6,23 @@ Random weights from the published configs, one thread, float32. A step without t
 cross-entropy and the whole backward pass, without the optimizer (which would only add to what the terms are compared
 with). A term is timed on outputs of the real shapes: its forward pass and its backward pass to those outputs, less what
 cross-entropy alone takes there; what lies behind the outputs costs the same with terms and without. The teacher's
-forward pass is told beside it: it is paid once with a cache. Processor time, ways taken in turns, medians.
+forward pass is told beside it: it is paid once with a cache, and what reading its states back costs a step is measured,
+too. Processor time, ways taken in turns, medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from tests.bench.timing import one_thread, print_table, save, timed, told
 
 MOST = 0.10  # of a step that the terms of the paper may add together
+MOST_CACHED = 1.15  # times the step without terms that a step with all terms and a cached teacher may cost
+CACHED = "teacher out of a cache"
 OFF = {"objective.lambda_m": 0, "objective.lambda_r": 0, "objective.lambda_ot": 0, "objective.lambda_rec": 0}
 WAYS: dict[str, dict[str, Any]] = {
     "cross-entropy alone": {},
@@ -46,15 +50,21 @@ def _model(name: str, tiles: int) -> tuple[Any, Any]:
     return kind, Loaded(checkpoint, AutoModelForImageTextToText.from_config(checkpoint.config), None)
 
 
-def measure(student_name: str, teacher_name: str, rows: int, tiles: int, rounds: int) -> dict[str, list[float]]:
-    """Processor milliseconds of every way."""
+def measure(
+    student_name: str, teacher_name: str, rows: int, tiles: int, rounds: int, folder: Path
+) -> dict[str, list[float]]:
+    """Processor milliseconds of every way; the cache is written to `folder`."""
     import torch
 
     from evlecg.losses.objective import METHODS
     from evlecg.losses.terms import answer_cross_entropy
     from evlecg.models.outputs import AnswerHead, forward
+    from evlecg.page.render import empty_page
     from evlecg.recipe import load_recipe
     from evlecg.schema import AnswerLogits, Outputs
+    from evlecg.teacher import FolderStore, StoredSides, StoredTeacher
+    from evlecg.teacher.rows import split_outputs, split_side
+    from evlecg.teacher.store import Entry, TeacherFacts
     from tests.real_configs import batch
 
     (small, student), (large, teacher) = _model(student_name, tiles), _model(teacher_name, tiles)
@@ -82,6 +92,19 @@ def measure(student_name: str, teacher_name: str, rows: int, tiles: int, rounds:
         with torch.no_grad():
             forward(teacher, made.teacher)  # type: ignore[arg-type]
 
+    def reading() -> Any:
+        store, fields = FolderStore.open(folder / "cache", {}, "low_rank"), ("hidden", "visual")
+        facts = TeacherFacts(teacher.facts.width, teacher.facts.vocab_size, None, "float32", "page", None, True, None)
+        layouts = [empty_page(size_px=(512, 512)).layout] * rows
+        half = made.teacher
+        assert half is not None
+        parts = zip(split_side(half, layouts), split_outputs(target, fields), strict=True)
+        keys = [f"{number:032x}" for number in range(rows)]
+        store.start(facts)
+        store.add([Entry(key, *part) for key, part in zip(keys, parts, strict=True)])
+        signal, sides = StoredTeacher(store, fields, facts), StoredSides(store, [(key,) for key in keys], facts)
+        return lambda _: signal(dataclasses.replace(made, teacher=sides(range(rows))[0]))
+
     def term(keys: dict[str, Any]) -> Any:
         config = load_recipe(None, {**OFF, **keys}).objective
         objective = METHODS["evl"](config, student=student.facts, teacher=teacher.facts)
@@ -93,7 +116,7 @@ def measure(student_name: str, teacher_name: str, rows: int, tiles: int, rounds:
 
         return call
 
-    ways = {"step without terms": plain_step, "teacher's forward pass": teacher_pass}
+    ways = {"step without terms": plain_step, "teacher's forward pass": teacher_pass, CACHED: reading()}
     ways |= {name: term(keys) for name, keys in WAYS.items()}
     few = {"step without terms", "teacher's forward pass"}
     return timed(ways, {name: rounds if name in few else 3 * rounds for name in ways})
@@ -109,7 +132,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     one_thread()
-    times = measure(given.student, given.teacher, given.rows, given.tiles, given.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        times = measure(given.student, given.teacher, given.rows, given.tiles, given.rounds, Path(folder))
     rows = told(times, "step without terms")
     base = rows["cross-entropy alone"]["median_ms"]
     added = {name: (rows[name]["median_ms"] - base) / rows["step without terms"]["median_ms"] for name in WAYS}
@@ -117,8 +141,10 @@ def main() -> None:
     print_table(rows, "step")
     for name, share in added.items():
         print(f"{name}: adds {share:+.1%} to a step without terms")
-    save(given.json, {"rows": rows, "added": added})
-    raise SystemExit(int(added["the paper's three"] > MOST))
+    cached = 1 + added["all four"] + rows[CACHED]["ratio"]
+    print(f"all four and the teacher out of a cache: {cached:.3f} of a step without terms, at most {MOST_CACHED}")
+    save(given.json, {"rows": rows, "added": added, "cached": cached})
+    raise SystemExit(int(added["the paper's three"] > MOST or cached > MOST_CACHED))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 
 from evlecg.models.load import Loaded
 from evlecg.process import peak_bytes
-from evlecg.report import Cost
+from evlecg.report import Cost, counted
 from evlecg.schema import Sample
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def measure_calls(loaded: Loaded, calls: Sequence[Callable[[], object]], *, n_qu
         peak_memory_bytes=peak,
         n_records=len(timed_ms),
         n_questions=n_questions,
-        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {counted(torch.get_num_threads(), 'thread')}",
         method=f"{unit}, page drawing included, after {WARM_UP} to warm up; FLOPs of the same by PyTorch's counter "
         "with eager attention (convolutions and matrix products; a multiplication and an addition are two); peak "
         "memory "

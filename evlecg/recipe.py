@@ -382,6 +382,9 @@ class Recipe:
     name: str = _key("custom", "what the run is called")
     teacher: str = _key("builtin:teacher", "teacher checkpoint: path, hub id, builtin:NAME, or none")
     student: str = _key("builtin:student", "student checkpoint: path, hub id or builtin:NAME")
+    student_config: tuple[str, ...] = _key(
+        (), "KEY=VALUE of the student's config.json to set (text_config.num_hidden_layers=2): it starts untrained"
+    )
     teacher_kind: str = _key("auto", "what the teacher reads and answers; auto: its config tells", choices=KINDS)
     student_kind: str = _key("auto", "what the student reads and answers; auto: its config tells", choices=KINDS)
     method: str = _key("evl", "what the student learns from", choices=METHOD_NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect as python_inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ from evlecg.models.apart import Apart, apart_of, config_value, visual_width
 from evlecg.models.families import Family, family_of
 from evlecg.models.kinds import ANSWERS, kind_of, needs_remote_code, read_config, signal_form
 from evlecg.models.labels import label_codes
+from evlecg.models.reshape import reshaped
 from evlecg.models.trained import trained_with
 from evlecg.page.trace import TraceForm
 from evlecg.recipe import SignalConfig, nearest
@@ -45,7 +47,7 @@ class Checkpoint:
         source: local folder or hub id that transformers reads.
         model_type: transformers' family name.
         config: transformers config.
-        trained: False for a built-in architecture that starts from seeded random weights.
+        trained: False where it starts from seeded random weights: a built-in architecture, or a config with keys set.
         image_token_id: id of the placeholder whose positions hold visual tokens.
         width: hidden size of the language model.
         vocab_size: rows of the output head.
@@ -141,7 +143,12 @@ def resolve(name: str) -> tuple[str, bool]:
 
 
 def inspect(
-    name: str, *, kind: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
+    name: str,
+    *,
+    kind: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    settings: Sequence[str] = (),
 ) -> Checkpoint:
     """Reads a checkpoint's config only.
 
@@ -150,6 +157,7 @@ def inspect(
         kind: "text", "image", "signal", or "auto" where the config is to decide.
         trust_remote_code: run the Python code that it brings along, where transformers has none for it.
         allow_pickle: read its weights from pickle files where it has no safetensors.
+        settings: keys of the config to set (`models.reshape`); the model then starts from seeded random weights.
 
     Raises:
         EvlecgError: nothing there, a family of no known kind, one that cannot work (the reason is given), or a
@@ -159,6 +167,7 @@ def inspect(
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     source, trained = resolve(name)
+    trained = trained and not settings
     if trained and not allow_pickle:
         _refuse_pickle(name, Path(source))
     original = None
@@ -173,9 +182,13 @@ def inspect(
             )  # fmt: skip
         found = kind_of(source, raw, kind, where=name) if original is None else None
         if original is not None:
+            if settings:
+                raise EvlecgError("the original LLaVA layout keeps its shape", where="student_config",
+                                  hint="a checkpoint in transformers' own layout")  # fmt: skip
             config = original.native
         else:
             config = AutoConfig.from_pretrained(source, trust_remote_code=remote)
+            config = reshaped(config, settings) if settings else config
     except EvlecgError:
         raise
     except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
@@ -284,7 +297,7 @@ def load(
     Args:
         checkpoint: from `inspect`.
         dtype: "float32", "bfloat16", "float16", or "auto" for the one the weights are stored in.
-        seed: of the random weights of an untrained built-in, and of a classifier's new head.
+        seed: of the random weights of an untrained model, and of a classifier's new head.
         labels: what a classifier that is to be trained has to tell apart; others ignore it.
         signal: how signals are to enter a model that reads them; None: as the checkpoint says.
         processor: the checkpoint's, where it has been read already.

@@ -73,10 +73,12 @@ def build(
     train = recipe.train
     method = METHODS[recipe.effective_method]
     augment = augmenter(recipe.augment, seed=recipe.seed)
-    permissions = {"trust_remote_code": recipe.trust_remote_code, "allow_pickle": recipe.allow_pickle}
+    permissions: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code, "allow_pickle": recipe.allow_pickle}
     check_trackers(recipe.track)
     validated = validation_samples(recipe, prepared, labels)
-    checkpoints = [models.inspect(recipe.student, kind=recipe.student_kind, **permissions)]
+    checkpoints = [models.inspect(
+        recipe.student, kind=recipe.student_kind, settings=recipe.student_config, **permissions
+    )]  # fmt: skip
     if recipe.needs_teacher:
         checkpoints.append(models.inspect(recipe.teacher, kind=recipe.teacher_kind, **permissions))
     for checkpoint in checkpoints:

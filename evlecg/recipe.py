@@ -296,8 +296,8 @@ class ObjectiveConfig:
 
     strict: bool = _key(False, "the three terms exactly as published, without the guards below")
     alpha: float = _key(0.5, "share of the distillation terms", low=0)
-    lambda_m: float = _key(0.0, "weight of cross-attention alignment", low=0)
-    lambda_r: float = _key(1.0, "weight of geometric relations", low=0)
+    lambda_m: float = _key(0.1, "weight of cross-attention alignment", low=0)
+    lambda_r: float = _key(0.0, "weight of geometric relations", low=0)
     lambda_ot: float = _key(0.1, "weight of optimal transport", low=0)
     lambda_rec: float = _key(10.0, "weight of relations among the records of a batch (not with strict)", low=0)
     warmup: float = _key(0.0, "share of the steps in which the distillation terms ramp up", low=0)

@@ -138,14 +138,16 @@ def test_visual_tokens_of_another_width_are_no_positions(built):
 
 def test_transport_projects_to_the_width_of_the_visual_tokens(built):
     student, teacher = built("blip")[0].facts, built("idefics")[0].facts
-    objective = EvlObjective(ObjectiveConfig(lambda_rec=0, lambda_ot=1.0), student=student, teacher=teacher)
+    objective = EvlObjective(
+        ObjectiveConfig(lambda_m=0, lambda_r=1, lambda_rec=0, lambda_ot=1.0), student=student, teacher=teacher
+    )
     assert objective.projection.weight.shape == (32, 32) and student.width == teacher.width == 40
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        ObjectiveConfig(lambda_rec=0, lambda_m=1.0, align=AlignmentConfig(heads=4, scope="visual")),
+        ObjectiveConfig(lambda_r=1, lambda_rec=0, lambda_m=1.0, align=AlignmentConfig(heads=4, scope="visual")),
         ObjectiveConfig(
             lambda_rec=0,
             lambda_m=1.0,

@@ -147,7 +147,7 @@ def batch_of(setting, student, teacher):
 def test_the_plan_keeps_mass_in_its_lead(setting):
     teacher, student, *_ = setting
     config = ObjectiveConfig(
-        lambda_rec=0, alpha=1, lambda_r=0, lambda_ot=1, transport=TransportConfig(position=5, lead=5)
+        lambda_m=0, lambda_rec=0, alpha=1, lambda_r=0, lambda_ot=1, transport=TransportConfig(position=5, lead=5)
     )
     objective = EvlObjective(config, student=ModelFacts(8, 2), teacher=ModelFacts(6, 9))
     terms = objective(
@@ -174,7 +174,9 @@ def test_relations_compare_cells_of_lead_and_time(setting):
 
     teacher_BND = said(lead_N, np.nan_to_num(time_N))
     student_BMD = said(lead_M, time_M2.mean(1))
-    config = ObjectiveConfig(lambda_rec=0, alpha=1, lambda_r=1, lambda_ot=0, relation=RelationConfig(cells="page"))
+    config = ObjectiveConfig(
+        lambda_m=0, lambda_rec=0, alpha=1, lambda_r=1, lambda_ot=0, relation=RelationConfig(cells="page")
+    )
     objective = EvlObjective(config, student=ModelFacts(6, 2), teacher=ModelFacts(6, 2))
 
     def relation(tokens_BMD):

@@ -239,14 +239,15 @@ def test_alignment_centred_at_a_question_reads_what_differs_between_records() ->
 @pytest.mark.parametrize(
     ("config", "needs", "modules"),
     [
-        (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=0), set(), set()),
+        (ObjectiveConfig(lambda_m=0, lambda_rec=0, lambda_r=0, lambda_ot=0), set(), set()),
         (replace(ALL, alpha=0.0), set(), set()),
-        (ObjectiveConfig(lambda_rec=0, lambda_r=1, lambda_ot=0), {"teacher", "visual"}, set()),
+        (ObjectiveConfig(lambda_m=0, lambda_rec=0, lambda_r=1, lambda_ot=0), {"teacher", "visual"}, set()),
         (replace(ALL, lambda_m=0, lambda_ot=0, relation=RelationConfig(distance=0, cosine=0)), set(), set()),
-        (ObjectiveConfig(lambda_rec=0, lambda_r=1, lambda_ot=0, strict=True), {"teacher", "hidden"}, {"aligner"}),
-        (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=1), {"teacher", "visual"}, {"projection"}),
+        (ObjectiveConfig(lambda_m=0, lambda_rec=0, lambda_r=1, lambda_ot=0, strict=True),
+         {"teacher", "hidden"}, {"aligner"}),
+        (ObjectiveConfig(lambda_m=0, lambda_rec=0, lambda_r=0, lambda_ot=1), {"teacher", "visual"}, {"projection"}),
         (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=0, lambda_m=1), {"teacher", "hidden"}, {"aligner"}),
-        (ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=1, transport=TransportConfig(features="projected")),
+        (replace(ALL, lambda_m=0, lambda_r=0, transport=TransportConfig(features="projected")),
          {"teacher", "projected"}, {"projection"}),
         (replace(ALL, lambda_r=0, lambda_ot=0, align=AlignmentConfig(features="projected")),
          {"teacher", "projected"}, {"aligner"}),
@@ -268,7 +269,7 @@ def test_terms_of_weight_zero_need_and_build_nothing(
 
 
 def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
-    idle = EvlObjective(ObjectiveConfig(lambda_rec=0, alpha=0.0), student=STUDENT, teacher=None)
+    idle = EvlObjective(ObjectiveConfig(lambda_m=0, lambda_r=1, lambda_rec=0, alpha=0.0), student=STUDENT, teacher=None)
     assert idle.needs == frozenset()
     with pytest.raises(ValueError, match="knows none"):
         EvlObjective(ALL, student=STUDENT, teacher=None)
@@ -285,19 +286,29 @@ def test_needless_objective_takes_no_teacher_and_a_needy_one_insists() -> None:
         (replace(ALL, align=AlignmentConfig(features="last", scope="answer")), "objective.align.scope"),
         (replace(ALL, align=AlignmentConfig(centred=True)), "objective.align.centred"),
         (
-            ObjectiveConfig(lambda_rec=0, lambda_m=0, relation=RelationConfig(source="aligned")),
+            ObjectiveConfig(lambda_r=1, lambda_rec=0, lambda_m=0, relation=RelationConfig(source="aligned")),
             "objective.relation.source",
         ),
-        (ObjectiveConfig(lambda_rec=0, strict=True, transport=TransportConfig(relax=1.0)), "objective.transport"),
         (
-            ObjectiveConfig(lambda_rec=0, strict=True, transport=TransportConfig(marginals="lead")),
+            ObjectiveConfig(lambda_m=0, lambda_r=1, lambda_rec=0, strict=True, transport=TransportConfig(relax=1.0)),
             "objective.transport",
         ),
         (
-            ObjectiveConfig(lambda_rec=0, transport=TransportConfig(solver="fused_gromov", relax=1.0)),
+            ObjectiveConfig(
+                lambda_m=0, lambda_r=1, lambda_rec=0, strict=True, transport=TransportConfig(marginals="lead")
+            ),
+            "objective.transport",
+        ),
+        (
+            ObjectiveConfig(
+                lambda_m=0, lambda_r=1, lambda_rec=0, transport=TransportConfig(solver="fused_gromov", relax=1.0)
+            ),
             "objective.transport.relax",
         ),
-        (ObjectiveConfig(lambda_rec=0, transport=TransportConfig(structure=1.5)), "objective.transport.structure"),
+        (
+            ObjectiveConfig(lambda_m=0, lambda_r=1, lambda_rec=0, transport=TransportConfig(structure=1.5)),
+            "objective.transport.structure",
+        ),
     ],
 )
 def test_impossible_configurations_say_where(config: ObjectiveConfig, where: str) -> None:
@@ -338,7 +349,7 @@ def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
     for student_width, teacher_width in ((64, 16), (16, 64)):
         torch.manual_seed(0)
-        config = ObjectiveConfig(lambda_rec=0, lambda_r=0, lambda_ot=1)
+        config = ObjectiveConfig(lambda_m=0, lambda_rec=0, lambda_r=0, lambda_ot=1)
         objective = EvlObjective(config, student=ModelFacts(student_width, 11), teacher=ModelFacts(teacher_width, 11))
         assert objective.projection is not None
         projected = objective.projection(seeded(500, teacher_width, dtype=torch.float32)).detach()
@@ -349,7 +360,13 @@ def test_construction_is_deterministic_and_projection_keeps_scale() -> None:
 @pytest.mark.parametrize("features", ["last", "projected"])
 def test_relation_is_zero_for_identical_features_and_reads_what_it_names(cells: str, features: str) -> None:
     batch = make_batch()
-    config = ObjectiveConfig(lambda_rec=0, lambda_ot=0, relation=RelationConfig(cells=cells, features=features, grid=2))
+    config = ObjectiveConfig(
+        lambda_m=0,
+        lambda_r=1,
+        lambda_rec=0,
+        lambda_ot=0,
+        relation=RelationConfig(cells=cells, features=features, grid=2),
+    )
     student, teacher = make_pair(batch)
     same = frozen(replace(student, side=batch.student))
     objective = EvlObjective(config, student=STUDENT, teacher=STUDENT)
@@ -366,7 +383,9 @@ def test_relation_leaves_out_cells_that_the_teacher_does_not_cover() -> None:
     student, teacher = make_pair(batch)
     mask = teacher.side.visual_mask_BN.clone()
     mask[:, 3:] = False  # of 3 x 3 tokens the upper row remains: it covers the upper of 2 x 2 cells
-    objective = build(ObjectiveConfig(lambda_rec=0, lambda_ot=0, relation=RelationConfig(grid=2)))
+    objective = build(
+        ObjectiveConfig(lambda_m=0, lambda_r=1, lambda_rec=0, lambda_ot=0, relation=RelationConfig(grid=2))
+    )
     half = replace(teacher, side=replace(teacher.side, visual_mask_BN=mask))
     terms = objective(student, half, batch, output_head=make_head(), diagnose=True)
     assert terms.diagnostics["rel_cells"] == 2
@@ -378,7 +397,9 @@ def test_relation_to_aligned_states_has_a_fixed_target() -> None:
     batch = make_batch()
     student, teacher = make_pair(batch)
     objective = build(
-        ObjectiveConfig(lambda_rec=0, lambda_m=1, lambda_ot=0, relation=RelationConfig(source="aligned", grid=2))
+        ObjectiveConfig(
+            lambda_r=1, lambda_rec=0, lambda_m=1, lambda_ot=0, relation=RelationConfig(source="aligned", grid=2)
+        )
     )
     value = objective(student, teacher, batch, output_head=make_head()).values["rel"]
     gradients = torch.autograd.grad(value, [*objective.parameters(), student.visual_BND], allow_unused=True)
@@ -538,7 +559,7 @@ def test_rolled_gap_of_every_term_is_positive_once_the_student_copies_its_teache
     batch = make_batch(rows=4)
     student, _ = make_pair(batch)
     teacher = frozen(replace(student, side=batch.student))
-    config = ObjectiveConfig(lambda_rec=0, lambda_r=1, lambda_ot=1, relation=RelationConfig(grid=2))
+    config = ObjectiveConfig(lambda_m=0, lambda_rec=0, lambda_r=1, lambda_ot=1, relation=RelationConfig(grid=2))
     torch.manual_seed(0)
     objective = EvlObjective(config, student=STUDENT, teacher=STUDENT).double()
     assert objective.projection is not None

@@ -96,7 +96,7 @@ def build(config: ObjectiveConfig) -> EvlObjective:
     return EvlObjective(config, student=facts[0], teacher=facts[1])
 
 
-ONLY = ObjectiveConfig(alpha=0.4, lambda_r=0, lambda_ot=0, lambda_rec=5, relation=RelationConfig(grid=2))
+ONLY = ObjectiveConfig(lambda_m=0, alpha=0.4, lambda_r=0, lambda_ot=0, lambda_rec=5, relation=RelationConfig(grid=2))
 
 
 def asked(batch: Batch) -> Batch:
@@ -131,7 +131,7 @@ def test_a_teacher_is_followed_and_the_published_form_has_none_of_it() -> None:
     same = replace(student, side=batch.student)
     values = build(ONLY)(student, same, replace(batch, teacher=batch.student), output_head=make_head()).values
     assert float(values["rec_answer"].detach()) == 0 == float(values["rec_visual"].detach())
-    strict = build(ObjectiveConfig(strict=True, lambda_m=1, lambda_rec=5)).double()
+    strict = build(ObjectiveConfig(lambda_r=1, strict=True, lambda_m=1, lambda_rec=5)).double()
     student, teacher = make_pair(batch)
     terms = strict(student, teacher, batch, output_head=make_head())
     assert set(terms.values) == {"ce", "mhca", "rel", "ot"}

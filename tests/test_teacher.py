@@ -90,7 +90,9 @@ def test_every_method_has_the_same_loss_from_the_cache(checkpoints, synthetic, t
     student, taught, live, builder = setting(checkpoints, synthetic)
     store = FolderStore.open(tmp_path / "c", {}, "none")
     stored, signal = kept_in(store, taught, live, builder, FIELDS, [0, 1, 2, 3], [4, 5, 6, 7])
-    config = ObjectiveConfig(lambda_m=0.5, align=AlignmentConfig(heads=2), baseline=BaselineConfig(relation_heads=2))
+    config = ObjectiveConfig(
+        lambda_r=1, lambda_m=0.5, align=AlignmentConfig(heads=2), baseline=BaselineConfig(relation_heads=2)
+    )
     facts = [
         dataclasses.replace(loaded.facts, tokens=token_bytes(loaded, encoder))
         for loaded, encoder in ((student, builder.student), (taught, builder.teacher))

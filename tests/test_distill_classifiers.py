@@ -30,7 +30,8 @@ from tests import tiny_classifiers
 
 NAMES = [*tiny_classifiers.FAMILIES, "hubert_ecg"]
 ALL_TERMS = (
-    "objective.lambda_m=0.3", "objective.lambda_ot=0.5", "objective.align.heads=2", "log.gradients_every=1",
+    "objective.lambda_m=0.3", "objective.lambda_r=1", "objective.lambda_ot=0.5", "objective.align.heads=2",
+    "log.gradients_every=1",
     "train.max_steps=2", "train.batch_size=4", "data.labels=[NORM, MI]", "data.max_train=8",
 )  # fmt: skip
 

@@ -119,4 +119,4 @@ def test_a_balanced_run_logs_the_gradients_it_asked_for_and_resumes_with_its_sca
     assert first["ot"] == pytest.approx(0.2 * first["ce"], rel=1e-3)
     assert first["rel"] == pytest.approx(3 * first["ce"], rel=1e-3)
     last = max((run / "checkpoints").glob("step-*/position.json"))
-    assert set(json.loads(last.read_text())["scales"]) == {"ot", "rel"}
+    assert set(json.loads(last.read_text())["scales"]) == {"mhca", "ot", "rel"}

@@ -193,8 +193,9 @@ def test_a_classifier_teaches_from_the_cache(checkpoints, synthetic, tmp_path, c
     pair = checkpoints | {"classifier": tiny_classifiers.write(tmp_path / "teacher", teacher)}
     for place in range(2):
         chosen = recipe(
-            pair, f"cache.dir={tmp_path / 'c'}", "train.max_steps=1", "cache.compression=int8", teacher="classifier"
-        )
+            pair, f"cache.dir={tmp_path / 'c'}", "train.max_steps=1", "cache.compression=int8", "objective.lambda_r=1",
+            teacher="classifier",
+        )  # fmt: skip
         distill(chosen, data=synthetic, out=tmp_path / f"run{place}")
     assert counted["loads"] == 1
     first, second = (rows(tmp_path / f"run{place}")[0]["terms"] for place in range(2))

@@ -252,9 +252,12 @@ def term_gradients(job: Job, terms: Any, shares: Shares | None = None) -> dict[s
 
 
 def weak_terms(gradients: dict[str, float]) -> dict[str, float]:
-    """Distillation terms below `WEAK_SHARE` of all terms' gradient norms on the student, with their shares."""
-    total = sum(gradients.values())
-    return {name: norm / total for name, norm in gradients.items() if name != "ce" and norm < WEAK_SHARE * total}
+    """Distillation terms below `WEAK_SHARE` of all terms' gradient norms on the student, with their shares.
+
+    The anchor is none of them: it moves the aligner only.
+    """
+    total, exempt = sum(gradients.values()), ("ce", "anchor")
+    return {name: norm / total for name, norm in gradients.items() if name not in exempt and norm < WEAK_SHARE * total}
 
 
 def _ramp(warmup: float, step: int, total: int) -> float:

@@ -74,6 +74,10 @@ def test_the_table_holds_means_paired_tests_and_failures():
     assert f"| evl | 0.810 ± 0.017 | 0.500 ± 0.000 | 3 | +0.100, {p:.3f}, {p:.3f} |" in table
     assert "| teacher | 0.900 |" in table and "| uld | failed | | 0 |" in table
     assert "13 runs, 4 of them failed, 0.13 hours" in table
+    grown = dataclasses.replace(STUDY, methods={**STUDY.methods, "kl": Method()})
+    assert "| kl | not run | | 0 | | |  |  |" in study_table(
+        grown, {"cells": tuned() + cells, "chosen": chosen, "teachers": {}}
+    )
 
 
 def test_a_row_is_a_recipe_and_a_line_of_the_figure(tmp_path):
@@ -87,6 +91,7 @@ def test_a_row_is_a_recipe_and_a_line_of_the_figure(tmp_path):
     assert load_recipe(str(tmp_path / "p" / "evl.yaml")) == load_recipe(
         "quickstart", {"train.lr": 2e-3, "name": "small-p-evl"}
     )
+    assert "lr: 0.002" in text, "what the study set is stated, also where it is the default"
     assert study_figure(STUDY, told, tmp_path).stat().st_size > 5000
     panel = json.loads((tmp_path / "seeds.json").read_text())["p, all records"]
     assert panel == {"scores": {"ce": [0.7, 0.7], "evl": [0.8, 0.8]}, "teacher": 0.9}

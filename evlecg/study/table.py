@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
             scores = _by_seed(here, name)
             if not scores:
                 why = "failed" if any(cell["method"] == name for cell in here) else "not run"
-                lines.append(f"| {name} | {why} | | 0 | | | {_digits(row)} | {row['tried']} |")
+                lines.append(f"| {name} | {why} | | 0 | | | {_digits(row)} | {row['tried'] if row else ''} |")
                 continue
             behind = _test(tests.get((study.leader, pair, size, name)))
             if name == study.leader:
@@ -45,7 +45,7 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
                 gain = _test(tests.get((study.reference, pair, size, name)), interval=False, turned=True)
             lines.append(
                 f"| {name} | {_summary(over_seeds(list(scores.values())))} | {_accuracy(here, name)} | {len(scores)} | "
-                f"{gain} | {behind} | {_digits(row)} | {row['tried']} |"
+                f"{gain} | {behind} | {_digits(row)} | {row['tried'] if row else ''} |"
             )
         lines.append("")
     failed = [cell for cell in told["cells"] if cell["auc"] is None]
@@ -87,12 +87,24 @@ def write_rows(study: Study, told: Mapping[str, Any], folder: Path) -> list[Path
             f"# The row {name} of the study {study.name}: {pair}, {size if size is not None else 'all'} records.\n"
             f"# Command:  evlecg distill --recipe FILE --set seed=N\n"
             f"# Chosen of {row['tried']} configurations by macro AUC on validation: {_digits(row)}; on test: {came}.\n"
-            + yaml.safe_dump(_changed(recipe.to_dict(), plain), sort_keys=False, allow_unicode=True)
+            + yaml.safe_dump(_stated(recipe.to_dict(), plain, keys), sort_keys=False, allow_unicode=True)
         )
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(place, text)
         written.append(place)
     return written
+
+
+def _stated(tree: Mapping[str, Any], plain: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """What of a recipe is not as by default, and what the study set: another default must not change a row."""
+    found = _changed(tree, plain)
+    for dotted in keys:
+        value, part = tree, found
+        *sections, last = dotted.split(".")
+        for name in sections:
+            value, part = value[name], part.setdefault(name, {})
+        part[last] = value[last]
+    return found
 
 
 def _changed(tree: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,8 +162,10 @@ def _of(cells: Sequence[Mapping[str, Any]], pair: str, size: int | None) -> list
     return [cell for cell in cells if (cell["pair"], cell["size"]) == (pair, size)]
 
 
-def _chosen(told: Mapping[str, Any], pair: str, size: int | None, method: str) -> Mapping[str, Any]:
-    return next(row for row in told["chosen"] if (row["pair"], row["size"], row["method"]) == (pair, size, method))
+def _chosen(told: Mapping[str, Any], pair: str, size: int | None, method: str) -> Mapping[str, Any] | None:
+    """What was chosen for a row; None where the study has grown by it since."""
+    found = (row for row in told["chosen"] if (row["pair"], row["size"], row["method"]) == (pair, size, method))
+    return next(found, None)
 
 
 def _by_seed(cells: Sequence[Mapping[str, Any]], method: str) -> dict[int, float]:
@@ -163,8 +177,8 @@ def _accuracy(cells: Sequence[Mapping[str, Any]], method: str) -> str:
     return _summary(over_seeds(values)) if values else ""
 
 
-def _digits(row: Mapping[str, Any]) -> str:
-    return f"{row['validation_auc']:.3f}" if row["validation_auc"] is not None else ""
+def _digits(row: Mapping[str, Any] | None) -> str:
+    return f"{row['validation_auc']:.3f}" if row and row["validation_auc"] is not None else ""
 
 
 def _summary(summary: OverSeeds) -> str:

@@ -41,7 +41,7 @@ from evlecg.protocol import (
     score,
 )  # fmt: skip
 from evlecg.protocol.bench import LABELS, OPEN
-from evlecg.protocol.past import PARSED, Rows, drops_since, read_parsed
+from evlecg.protocol.past import PARSED, Rows, check_questions, drops_since, read_parsed
 from evlecg.recipe import DataConfig, PageConfig, nearest, page_size
 from evlecg.report import Cost, Gates, Report, Robustness, check_gates, counted, environment, write_report
 from evlecg.schema import Question, Sample
@@ -166,6 +166,8 @@ def evaluate_text(
         raise EvlecgError(f"the split {split!r} has no question of the dataset's own", where=prepared.path,
                           hint="--protocol likelihood scores labels")  # fmt: skip
     items = [entry.item for entry in asked]
+    if older is not None and gates.max_drop_vs is not None:
+        check_questions(older, items, text.parser, where=gates.max_drop_vs)
     verdicts = None
     if text.judged is not None:  # before hours of work that a mistake in the file would lose
         judged = [entry.item for entry in asked if _is_open(entry.item) and not entry.question.history]

@@ -491,7 +491,7 @@ def load_recipe(name_or_path: str | None, overrides: dict[str, Any] | None = Non
         tree = loaded or {}
     for dotted, value in (overrides or {}).items():
         if value is not None:
-            _assign(tree, dotted, value)
+            assign(tree, dotted, value)
     return _build(Recipe, tree, where=where, prefix="")
 
 
@@ -502,17 +502,24 @@ def section(kind: type, tree: dict[str, Any], *, where: str) -> Any:
 
 def parse_set(assignments: list[str]) -> dict[str, Any]:
     """`["train.lr=1e-4"]` -> `{"train.lr": 1e-4}`; the value is read as YAML."""
-    result: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise EvlecgError("--set needs key=value", where=assignment, hint="for example --set train.lr=1e-4")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise EvlecgError("--set has a value that is not YAML", where=assignment) from error
-        result[key.strip()] = _Null if parsed is None else parsed
-    return result
+    parsed = (parse_assignment(assignment, "--set", "train.lr=1e-4") for assignment in assignments)
+    return {key: _Null if value is None else value for key, value in parsed}
+
+
+def parse_assignment(assignment: str, option: str, example: str) -> tuple[str, Any]:
+    """`train.lr=1e-4` -> key and value, which is read as YAML.
+
+    Args:
+        assignment: the text.
+        option, example: where it stands, and what would be right, for messages.
+    """
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise EvlecgError(f"{option} needs key=value", where=assignment, hint=f"for example {option} {example}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise EvlecgError(f"{option} has a value that is not YAML", where=assignment) from error
 
 
 class _Null:
@@ -549,7 +556,8 @@ def _find(name_or_path: str) -> tuple[str, str]:
     raise EvlecgError(f"unknown recipe {name_or_path!r}", hint=nearest(name_or_path, shipped))
 
 
-def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets a dotted key of a nested tree; sections that are missing are made."""
     *parents, last = dotted.split(".")
     for name in parents:
         node = tree.setdefault(name, {})

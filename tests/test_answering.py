@@ -309,12 +309,20 @@ def test_answers_in_words_may_not_fall_behind_an_older_report(
         code, _, err = run(*common, *arguments, "--out", "s", monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2 and told in err and not Path("s").exists()
     assert not spoken, "an older report is read before a model is asked anything"
-    Path("older/parsed.jsonl").write_text(
-        Path("older/parsed.jsonl").read_text().replace('"right": ["NORM"]', '"right": ["MI"]')
-    )
-    code, _, err = run(*common, "--predictions", "now.jsonl", "--max-drop-vs", "older", "--out", "s",
-                       monkeypatch=monkeypatch, capsys=capsys)  # fmt: skip
-    assert code == 2 and "disagree on the right answer of ptb-test ptb-test-1" in err
+    kept = Path("older/parsed.jsonl").read_text()
+    other = {**json.loads(kept.splitlines()[0]), "subset": "other"}
+    Path("fewer.jsonl").write_text("".join(f"{line}\n" for line in Path("now.jsonl").read_text().splitlines()[:4]))
+    for older, arguments, told in (
+        (kept.replace('"right": ["NORM"]', '"right": ["MI"]'), ["--predictions", "now.jsonl"],
+         "disagree on the right answer of ptb-test ptb-test-1"),
+        (kept + json.dumps(other) + "\n", model[:2], "answers questions of other, of which none is asked now"),
+        (kept, ["--predictions", "fewer.jsonl"], "has answers to ecgqa-test, this one has none"),
+    ):  # fmt: skip
+        Path("older/parsed.jsonl").write_text(older)
+        code, _, err = run(*common, *arguments, "--max-drop-vs", "older", "--out", "s",
+                           monkeypatch=monkeypatch, capsys=capsys)  # fmt: skip
+        assert code == 2 and told in err, err
+    assert not spoken, "an older report that cannot be compared with is found out before a model is asked anything"
 
 
 def test_ids_that_are_not_unique_are_told_apart(bench):

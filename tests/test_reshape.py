@@ -36,15 +36,16 @@ def test_weights_of_a_trained_checkpoint_are_left_behind(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "said", "where"),
     [
-        ("text_config.hiden_size=32", "did you mean 'hidden_size'"),
-        ("text_config.hidden_size.x=32", "no key 'text_config.hidden_size.x'"),
-        ("text_config", "sets nothing"),
-        ("text_config.hidden_size=wide", "takes no such config"),
+        ("text_config.hiden_size=32", "did you mean 'hidden_size'", "student_config"),
+        ("text_config.hidden_size.x=32", "no key 'text_config.hidden_size.x'", "student_config"),
+        ("text_config", "student_config needs key=value", "text_config"),
+        ("text_config.hidden_size=[", "student_config has a value that is not YAML", "text_config.hidden_size=["),
+        ("text_config.hidden_size=wide", "takes no such config", "student_config"),
     ],
 )
-def test_mistakes_name_the_key(setting: str, said: str) -> None:
+def test_mistakes_name_the_key(setting: str, said: str, where: str) -> None:
     with pytest.raises(EvlecgError) as caught:
         models.inspect("builtin:student", settings=(setting,))
-    assert said in f"{caught.value.what} {caught.value.hint}" and caught.value.where == "student_config"
+    assert said in f"{caught.value.what} {caught.value.hint}" and caught.value.where == where

@@ -220,6 +220,20 @@ def departures(states_BXD: Tensor, mask_BX: Tensor) -> Tensor:
     return zero_where_masked(states_BXD - mean_XD, mask_BX)
 
 
+def centred_alignment_loss(
+    student_BXD: Tensor, aligned_BXD: Tensor, mask_BX: Tensor, *, fixed: bool, normalise: bool
+) -> Tensor:
+    """`alignment_loss` of what differs between the rows at the same place, over places that several rows have.
+
+    Args:
+        student_BXD, aligned_BXD, mask_BX, normalise: as there.
+        fixed: the aligned states are a fixed target everywhere.
+    """
+    mask_BX = mask_BX & (mask_BX.sum(0) > 1)
+    student_BXD, aligned_BXD = (departures(states_BXD, mask_BX) for states_BXD in (student_BXD, aligned_BXD))
+    return alignment_loss(student_BXD, aligned_BXD, mask_BX, torch.full_like(mask_BX, fixed), normalise=normalise)
+
+
 @torch.no_grad()
 @full_precision
 def variance_share(states_BSD: Tensor, mask_BS: Tensor) -> float | None:

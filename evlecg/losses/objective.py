@@ -23,8 +23,8 @@ from evlecg.errors import EvlecgError
 from evlecg.losses.alignment import (
     CrossAligner,
     alignment_loss,
+    centred_alignment_loss,
     cross_causal_mask,
-    departures,
     place_distance,
     position_bias,
     predicting_positions,
@@ -34,6 +34,7 @@ from evlecg.losses.alignment import (
     visual_states,
 )
 from evlecg.losses.baselines import BASELINES, Baseline
+from evlecg.losses.options import check_options
 from evlecg.losses.records import (
     answer_relation,
     by_question,
@@ -126,11 +127,8 @@ class EvlObjective(nn.Module):
 
     def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
-        if config.alpha > 1:
-            raise EvlecgError(f"alpha is a share, not {config.alpha}", where="objective.alpha", hint="0 to 1")
         self.config = config
-        _check_transport(config)
-        _check_alignment(config)
+        check_options(config)
         self.uses_alignment, self.uses_relation, self.uses_transport = _terms_used(config)
         self.uses_answers, self.uses_places = _records_used(config)
         self.aligns_tokens = not config.strict and config.align.features != "states"
@@ -306,75 +304,74 @@ class EvlObjective(nn.Module):
                 return _Terms(aligned_BSD=aligned_BSD)
             loss = strict_alignment_loss(student.hidden_BSD, aligned_BSD, student.side.valid_BS)
             return _Terms({"mhca": loss}, aligned_BSD)
-        if self.aligns_tokens:
-            return self._token_alignment(aligner, student, teacher, batch)
-        visible_BST = self._visible(student.side, teacher.side)
-        bias_BST = None
+        ours_BXD, theirs_BYE = (_tokens(outputs, config.features) for outputs in (student, teacher))
+        visible_BXY, bias_BXY = self._visible(student.side, teacher.side), None
         if config.position_bias > 0:
             cells = batch.cell_lead_C, batch.cell_time_C2
-            bias_BST = position_bias(student.side, teacher.side, weight=config.position_bias, cells=cells)
-        query_BSD = student.hidden_BSD.detach() if config.detach_query else student.hidden_BSD
-        aligned_BSD = aligner(query_BSD, teacher.hidden_BSD, visible_BST, bias_BST)
-        predicting_BS = predicting_positions(student.side)
-        anchored_BS = predicting_BS if config.anchor > 0 else torch.zeros_like(predicting_BS)
-        if config.centred and batch.asked_Q is not None:
-            ours_GRD, mask_GR = by_question(question_states(student.hidden_BSD, student.side), batch.asked_Q)
-            aligned_GRD, _ = by_question(question_states(aligned_BSD, student.side), batch.asked_Q)
-            loss = _centred_loss(ours_GRD.transpose(0, 1), aligned_GRD.transpose(0, 1), mask_GR.T,
-                                 fixed=config.anchor > 0, normalise=config.normalise)  # fmt: skip
-        else:
-            mask_BS = visible_BST.any(2) & self._scope(student.side)
-            loss = alignment_loss(student.hidden_BSD, aligned_BSD, mask_BS, anchored_BS, normalise=config.normalise)
-        if config.anchor == 0:
-            return _Terms({"mhca": loss}, aligned_BSD)
-        logits = frozen_reading(student.side.before_answers(aligned_BSD), student.side, output_head)
-        anchor = answer_cross_entropy(logits, student.side.answer_ids_A)
-        return _Terms({"mhca": loss, "anchor": anchor}, aligned_BSD, logits)
-
-    def _token_alignment(self, aligner: CrossAligner, student: Outputs, teacher: Outputs, batch: Batch) -> _Terms:
-        """Alignment of visual tokens of any layer; no answer hangs on them, so that nothing is anchored."""
-        config = self.config.align
-        ours_BND, theirs_BME = (_tokens(outputs, config.features) for outputs in (student, teacher))
-        visible_BNM = student.side.visual_mask_BN[:, :, None] & teacher.side.visual_mask_BN[:, None]
-        bias_BNM = None
-        if config.position_bias > 0:
-            cells = batch.cell_lead_C, batch.cell_time_C2
-            bias_BNM = -config.position_bias * place_distance(student.side, teacher.side, cells=cells) * visible_BNM
-        query_BND = ours_BND.detach() if config.detach_query else ours_BND
-        aligned_BND = aligner(query_BND, theirs_BME, visible_BNM, bias_BNM)
-        mask_BN = visible_BNM.any(2)
+            if self.aligns_tokens:
+                distance_BXY = place_distance(student.side, teacher.side, cells=cells)
+                bias_BXY = -config.position_bias * distance_BXY * visible_BXY
+            else:
+                bias_BXY = position_bias(student.side, teacher.side, weight=config.position_bias, cells=cells)
+        query_BXD = ours_BXD.detach() if config.detach_query else ours_BXD
+        aligned_BXD = aligner(query_BXD, theirs_BYE, visible_BXY, bias_BXY)
+        mask_BX = visible_BXY.any(2) & self._scope(student.side)
+        anchors = config.anchor > 0 and not self.aligns_tokens  # no answer hangs on a visual token
         if config.centred:
-            loss = _centred_loss(ours_BND, aligned_BND, mask_BN, fixed=False, normalise=config.normalise)
+            moving_BXD, target_BXD = ours_BXD, aligned_BXD
+            if not self.aligns_tokens:  # what stands side by side is the same question, not the same position
+                moving_BXD, mask_BX = self._by_question(ours_BXD, batch)
+                target_BXD, _ = self._by_question(aligned_BXD, batch)
+            loss = centred_alignment_loss(moving_BXD, target_BXD, mask_BX, fixed=anchors, normalise=config.normalise)
         else:
-            loss = alignment_loss(ours_BND, aligned_BND, mask_BN, torch.zeros_like(mask_BN), normalise=config.normalise)
-        return _Terms({"mhca": loss}, aligned_BND)
+            predicting_BX = predicting_positions(student.side) if anchors else torch.zeros_like(mask_BX)
+            loss = alignment_loss(ours_BXD, aligned_BXD, mask_BX, predicting_BX, normalise=config.normalise)
+        if not anchors:
+            return _Terms({"mhca": loss}, aligned_BXD)
+        logits = frozen_reading(student.side.before_answers(aligned_BXD), student.side, output_head)
+        anchor = answer_cross_entropy(logits, student.side.answer_ids_A)
+        return _Terms({"mhca": loss, "anchor": anchor}, aligned_BXD, logits)
 
     def transport(self, student: Outputs, teacher: Outputs, batch: Batch) -> Transport | None:
         """Plan and cost of a batch, None where the objective transports nothing."""
         return None if self.projection is None else self._transport(self.projection, student, teacher, batch)
 
+    @staticmethod
+    def _by_question(states_BSD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's states before the answers, records in rows and questions in columns, and which there are."""
+        if batch.asked_Q is None:
+            raise ValueError("alignment centred at a question has to know which question is which")
+        states_GRD, mask_GR = by_question(question_states(states_BSD, batch.student), batch.asked_Q)
+        return states_GRD.transpose(0, 1), mask_GR.T
+
     def _visible(self, student: Side, teacher: Side) -> Tensor:
+        """Which of the teacher's positions, or visual tokens, one of the student's may see."""
+        if self.aligns_tokens:
+            return student.visual_mask_BN[:, :, None] & teacher.visual_mask_BN[:, None]
         return (cross_causal_mask if self.config.align.causal else visible_mask)(student, teacher)
 
     def _scope(self, side: Side) -> Tensor:
-        """Student positions that the alignment term is taken over."""
+        """Student positions, or visual tokens, that the alignment term is taken over."""
+        if self.config.strict:
+            return side.valid_BS
+        if self.aligns_tokens:
+            return side.visual_mask_BN
         if self.config.align.scope == "answer":
             return predicting_positions(side)
         return side.visual_BS if self.config.align.scope == "visual" else side.valid_BS
 
     def _aligned_count(self, batch: Batch) -> Tensor:
         """How many positions the mean of the alignment term is over."""
-        student, teacher = batch.student, batch.teacher
-        assert teacher is not None
+        side, centred = batch.student, self.config.align.centred and not self.config.strict
+        assert batch.teacher is not None
         if self.config.strict:
-            return student.valid_BS.sum()
-        if self.aligns_tokens:
-            mask_BN = student.visual_mask_BN & teacher.visual_mask_BN.any(1)[:, None]
-            return (mask_BN & (mask_BN.sum(0) > 1)).sum() if self.config.align.centred else mask_BN.sum()
-        if self.config.align.centred and batch.asked_Q is not None:
+            return self._scope(side).sum()
+        if centred and not self.aligns_tokens:
+            assert batch.asked_Q is not None
             count_G = batch.asked_Q.unique(return_counts=True)[1]
             return count_G[count_G > 1].sum()
-        return (self._visible(student, teacher).any(2) & self._scope(student)).sum()
+        mask_BX = self._visible(side, batch.teacher).any(2) & self._scope(side)
+        return (mask_BX & (mask_BX.sum(0) > 1) if centred else mask_BX).sum()
 
     def _related(self, student: Side, teacher: Side) -> Tensor:
         """Bool: tokens or cells that relations are taken among, row by row."""
@@ -445,12 +442,10 @@ class EvlObjective(nn.Module):
         """
         found: dict[str, float | None] = {}
         if terms.aligned_BSD is not None:
-            side, states_BSD = student.side, student.hidden_BSD
-            mask_BS = side.valid_BS if self.config.strict else self._scope(side)
-            if self.aligns_tokens:
-                states_BSD, mask_BS = _tokens(student, self.config.align.features), side.visual_mask_BN
-            found["mhca_variance_share"] = variance_share(terms.aligned_BSD, mask_BS)
-            found["student_variance_share"] = variance_share(states_BSD, mask_BS)
+            states_BXD = _tokens(student, self.config.align.features) if self.aligns_tokens else student.hidden_BSD
+            mask_BX = self._scope(student.side)
+            found["mhca_variance_share"] = variance_share(terms.aligned_BSD, mask_BX)
+            found["student_variance_share"] = variance_share(states_BXD, mask_BX)
         if terms.anchor_logits is not None and len(terms.anchor_logits):
             found["anchor_accuracy"] = answer_accuracy(terms.anchor_logits, student.side.answer_ids_A)
         if terms.transport is not None:
@@ -519,52 +514,10 @@ def _evl_needs(config: ObjectiveConfig) -> frozenset[str]:
 _FEATURES = {"states": "hidden", "last": "visual", "projected": "projected"}  # recipe's word -> what a model must offer
 
 
-def _centred_loss(ours_BXD: Tensor, aligned_BXD: Tensor, mask_BX: Tensor, *, fixed: bool, normalise: bool) -> Tensor:
-    """Alignment of what differs between rows at the same place; `fixed`: the aligned states do not move for it."""
-    mask_BX = mask_BX & (mask_BX.sum(0) > 1)
-    return alignment_loss(
-        departures(ours_BXD, mask_BX), departures(aligned_BXD, mask_BX), mask_BX,
-        torch.full_like(mask_BX, fixed), normalise=normalise,
-    )  # fmt: skip
-
-
-def _check_alignment(config: ObjectiveConfig) -> None:
-    """Refuses alignment options that contradict one another."""
-    align = config.align
-    where, tokens = "objective.align", align.features != "states"
-    if tokens and align.scope == "answer":
-        raise EvlecgError("visual tokens are no positions of an answer", where=f"{where}.scope",
-                          hint="all or visual, or objective.align.features: states")  # fmt: skip
-    if align.centred and not tokens and align.scope != "answer":
-        raise EvlecgError(
-            "records are compared at the same question or the same visual token",
-            where=f"{where}.centred",
-            hint="set objective.align.scope to answer, or objective.align.features to last or projected",
-        )
-
-
-def _check_transport(config: ObjectiveConfig) -> None:
-    """Refuses transport options that contradict one another."""
-    transport = config.transport
-    where, uniform = "objective.transport", transport.marginals == "uniform"
-    if config.strict and not (transport.solver == "sinkhorn" and transport.relax is None and uniform):
-        raise EvlecgError(
-            "the published form has balanced, uniform marginals and no structure",
-            where=where,
-            hint="set objective.strict to false, or leave solver, relax and marginals as they are",
-        )
-    if transport.solver == "fused_gromov" and transport.relax is not None:
-        raise EvlecgError(
-            "fused Gromov-Wasserstein is solved with marginals that hold",
-            where=f"{where}.relax",
-            hint="null, or objective.transport.solver: sinkhorn",
-        )
-    if transport.structure > 1:
-        raise EvlecgError(f"structure is a share, not {transport.structure}", where=f"{where}.structure", hint="0 to 1")
-
-
 def _tokens(outputs: Outputs, features: str) -> Tensor:
-    return outputs.visual_BND if features == "last" else outputs.projected_BND
+    """What a recipe's word (see `_FEATURES`) stands for."""
+    offered = {"states": outputs.hidden_BSD, "last": outputs.visual_BND, "projected": outputs.projected_BND}
+    return offered[features]
 
 
 def _pooled(tokens_BND: Tensor, side: Side, grid: int) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from evlecg.errors import EvlecgError
-from evlecg.recipe import nearest
+from evlecg.recipe import assign, nearest, parse_assignment
 
 WHERE = "student_config"
 
@@ -26,23 +24,15 @@ def reshaped(config: Any, settings: Sequence[str]) -> Any:
     """
     tree = config.to_dict()
     for setting in settings:
-        dotted, equals, value = setting.partition("=")
-        if not equals:
-            raise EvlecgError(f"{setting!r} sets nothing", where=WHERE, hint="KEY=VALUE")
-        *sections, last = dotted.split(".")
-        part = tree
-        for name in sections:
-            part = _known(part, name, dotted)[name]
-        _known(part, last, dotted)[last] = yaml.safe_load(value)
+        dotted, value = parse_assignment(setting, WHERE, "text_config.num_hidden_layers=2")
+        part: Any = tree
+        for name in dotted.split("."):
+            if not isinstance(part, dict) or name not in part:
+                raise EvlecgError(f"the config has no key {dotted!r}", where=WHERE,
+                                  hint=nearest(name, part if isinstance(part, dict) else ()))  # fmt: skip
+            part = part[name]
+        assign(tree, dotted, value)
     try:
         return type(config).from_dict(tree)
     except Exception as error:  # transformers raises many kinds here
         raise EvlecgError("the family takes no such config", where=WHERE, hint=str(error).split("\n")[0]) from error
-
-
-def _known(part: Any, name: str, dotted: str) -> dict[str, Any]:
-    """The part, which has such a key."""
-    if not isinstance(part, dict) or name not in part:
-        raise EvlecgError(f"the config has no key {dotted!r}", where=WHERE,
-                          hint=nearest(name, part if isinstance(part, dict) else {}))  # fmt: skip
-    return part

@@ -478,12 +478,8 @@ def answer_sections(
     heads = ("questions", "models", "of", "difference (95% interval)", "p", "p (Holm)", "")
     yield Section("models", "Differences", (ABOVE_0, *notes), (Table(heads, rows),))
     for title, (comparison, _) in subsets.items():
-        first = next(iter(comparison.models.values()))
-        heads = (
-            (comparison.metric,)
-            if len(first.overall) == 1
-            else tuple(f"{k} {comparison.metric}" for k in first.overall)
-        )
+        kinds = next(iter(comparison.models.values())).overall
+        heads = tuple(f"{kind} {comparison.metric}" if len(kinds) > 1 else comparison.metric for kind in kinds)
         yield Section("answers", title, (), (_models_table(comparison, heads, "questions"),))
     told = [(title, test) for title, (_, tests) in subsets.items() for test in tests]
     tests = [(title, test, p) for (title, test), p in zip(told, mcnemar_p_holm, strict=True)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import yaml
 from evlecg.figures import seeds_figure
 from evlecg.files import write_text_atomic
 from evlecg.metrics import OverSeeds, SeedTest, holm, over_seeds, seed_test
-from evlecg.recipe import Recipe, load_recipe
+from evlecg.recipe import Recipe, assign, load_recipe
 from evlecg.study.plan import Study
 
 
@@ -99,11 +101,7 @@ def _stated(tree: Mapping[str, Any], plain: Mapping[str, Any], keys: Iterable[st
     """What of a recipe is not as by default, and what the study set: another default must not change a row."""
     found = _changed(tree, plain)
     for dotted in keys:
-        value, part = tree, found
-        *sections, last = dotted.split(".")
-        for name in sections:
-            value, part = value[name], part.setdefault(name, {})
-        part[last] = value[last]
+        assign(found, dotted, functools.reduce(operator.getitem, dotted.split("."), tree))
     return found
 
 

@@ -32,7 +32,7 @@ from evlecg.models.vocabulary import token_bytes
 from evlecg.page.render import PageStyle
 from evlecg.prepare import prepare
 from evlecg.recipe import ObjectiveConfig, load_recipe
-from evlecg.schema import Outputs
+from evlecg.schema import AnswerLogits, Outputs
 from evlecg.teacher import COMPRESSIONS, FolderStore, LiveTeacher, StoredSides, StoredTeacher
 from evlecg.teacher.rows import split_outputs, split_side
 from evlecg.teacher.store import Entry
@@ -127,7 +127,8 @@ def measure_bytes(pair: Pair) -> dict[str, Any]:
             batch = builder(pair.indices(n))
             taught = signal(batch) if signal is not None else pair.live(batch)
             if signal is None:
-                taught = dataclasses.replace(taught, answer_logits_AV=top_k_only(taught.answer_logits_AV))
+                logits = AnswerLogits(top_k_only(taught.answer_logits_AV))
+                taught = dataclasses.replace(taught, answer_logits=logits)
             for term, value in losses(n, batch, taught).items():
                 errors.setdefault(term, []).append(abs(value - live[n][term]) / max(abs(live[n][term]), 1e-12))
         contents = pair.stores[name].contents() if signal is not None else None

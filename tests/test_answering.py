@@ -311,6 +311,16 @@ def test_answers_in_words_may_not_fall_behind_an_older_report(
     assert not spoken, "an older report is read before a model is asked anything"
     kept = Path("older/parsed.jsonl").read_text()
     other = {**json.loads(kept.splitlines()[0]), "subset": "other"}
+    report = json.loads(Path("older/report.json").read_text())
+    subsets = report["metrics"]["text"]["subsets"]
+    Path("older/report.json").write_text(
+        json.dumps(
+            {
+                **report,
+                "metrics": {"text": {"parser": "pulse", "subsets": {**subsets, "other": subsets["csn-test-no-cot"]}}},
+            }
+        )
+    )
     Path("fewer.jsonl").write_text("".join(f"{line}\n" for line in Path("now.jsonl").read_text().splitlines()[:4]))
     for older, arguments, told in (
         (kept.replace('"right": ["NORM"]', '"right": ["MI"]'), ["--predictions", "now.jsonl"],

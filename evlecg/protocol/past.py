@@ -1,14 +1,14 @@
 """Answers in words of a report that was written before, beside those of another: the same questions, paired.
 
-A report folder keeps what was read off every answer (parsed.jsonl): nothing is made or parsed again. Free text that
-a judge scored is not kept there, and is not compared.
+A report folder keeps what was read off every answer (parsed.jsonl): nothing is made or parsed again. Subsets that have
+no number in the report have none here; a judge's scores are not kept an answer, hence not compared.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ import numpy as np
 
 from evlecg.errors import EvlecgError
 from evlecg.metrics import ACCURACY, AUC_HARD, N_BOOT, Difference, Metric, Scored, compare
-from evlecg.protocol.bench import LABELS, OPEN, SUBSETS, Item
+from evlecg.protocol.bench import Item
 from evlecg.protocol.parsers import PARSERS
 from evlecg.protocol.scores import TextScores, subset_of
 
 PARSED = "parsed.jsonl"
-Rows = dict[tuple[str, str], Mapping[str, Any]]  # (subset, question id) -> a line of parsed.jsonl
+METRICS = {AUC_HARD.name: AUC_HARD, ACCURACY.name: ACCURACY}
+Rows = dict[tuple[str, str], Mapping[str, Any]]  # (subset, question id) -> a line of parsed.jsonl, and its `metric`
 
 
 def read_parsed(folder: Path, parser: str) -> Rows:
-    """What was read off the answers of a report.
+    """What was read off the answers of a report, of its subsets that have a number.
 
     Args:
         folder: report folder that `evlecg eval` wrote.
@@ -35,9 +36,10 @@ def read_parsed(folder: Path, parser: str) -> Rows:
         EvlecgError: there is none, it is of likelihoods, it is damaged, or another parser read it.
     """
     try:
-        theirs = json.loads((folder / "report.json").read_text(encoding="utf-8"))["metrics"]["text"]["parser"]
+        told = json.loads((folder / "report.json").read_text(encoding="utf-8"))["metrics"]["text"]
+        theirs, metrics = told["parser"], {name: one["metric"] for name, one in told["subsets"].items()}
         lines = (folder / PARSED).read_text(encoding="utf-8").splitlines()
-        rows = {(row["subset"], row["question_id"]): row for row in map(json.loads, lines)}
+        rows = _with_metric(map(json.loads, lines), metrics)
     except OSError as error:
         raise EvlecgError("not a report folder with answers in words", where=folder,
                           hint="a folder that evlecg eval --protocol ecgbench wrote") from error  # fmt: skip
@@ -57,16 +59,21 @@ def paired_answers(named: Mapping[str, Rows]) -> dict[str, tuple[Metric, dict[st
         EvlecgError: reports disagree on a right answer.
     """
     found = {}
-    for subset, keys in _numbered(named).items():
-        labels = subset in SUBSETS and SUBSETS[subset].task == LABELS
-        made = _decisions if labels else _answers
-        scored = {name: made([rows[key] for key in keys]) for name, rows in named.items()}
-        found[subset] = (AUC_HARD if labels else ACCURACY, scored)
+    for subset, keys in _shared(named).items():
+        metric = METRICS[next(iter(named.values()))[keys[0]]["metric"]]
+        made = _decisions if metric is AUC_HARD else _answers
+        found[subset] = (metric, {name: made([rows[key] for key in keys]) for name, rows in named.items()})
     return found
 
 
-def _numbered(named: Mapping[str, Rows]) -> dict[str, list[tuple[str, str]]]:
-    """Subset -> the questions that all reports have, of those that have a number: free text has none."""
+def _with_metric(rows: Iterable[Mapping[str, Any]], metrics: Mapping[str, str | None]) -> Rows:
+    """Rows by subset and id, each with its subset's metric; those of subsets that have none are left out."""
+    return {(row["subset"], row["question_id"]): {**row, "metric": metrics[row["subset"]]}
+            for row in rows if metrics[row["subset"]] in METRICS}  # fmt: skip
+
+
+def _shared(named: Mapping[str, Rows]) -> dict[str, list[tuple[str, str]]]:
+    """Subset -> the questions that all reports have."""
     first = next(iter(named.values()))
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in first:
@@ -76,9 +83,7 @@ def _numbered(named: Mapping[str, Rows]) -> dict[str, list[tuple[str, str]]]:
         if sorted(named[name][subset, question]["right"]) != sorted(first[subset, question]["right"]):
             raise EvlecgError(f"reports disagree on the right answer of {subset} {question}", where=name,
                               hint="compare answers to the same version of the data")  # fmt: skip
-    free = {subset for subset in groups if subset in SUBSETS and SUBSETS[subset].task == OPEN}
-    return {subset: keys for subset, keys in groups.items()
-            if subset not in free and any(first[key]["right"] for key in keys)}  # fmt: skip
+    return groups
 
 
 def _decisions(rows: Sequence[Mapping[str, Any]]) -> Scored:
@@ -103,13 +108,15 @@ def check_questions(older: Rows, items: Sequence[Item], parser: str, *, where: P
     by_subset: dict[str, list[Item]] = {}
     for item in items:
         by_subset.setdefault(item.subset, []).append(item)
-    asked: Rows = {(name, item.id): {"right": PARSERS[parser].truth(subset_of(name, group), item)}
-                   for name, group in by_subset.items() for item in group}  # fmt: skip
-    before = _numbered({"older": older})
-    if not before:
+    subsets = {name: subset_of(name, group) for name, group in by_subset.items()}
+    asked = _with_metric(
+        ({"subset": item.subset, "question_id": item.id, "right": PARSERS[parser].truth(subsets[item.subset], item)}
+         for item in items), {name: subset.metric for name, subset in subsets.items()},
+    )  # fmt: skip
+    if not older:
         raise EvlecgError("the older report has no number", where=where, hint="--min-score gates free text")
-    now = _numbered({"older": older, "this": asked})
-    for subset in before:
+    now = _shared({"older": older, "this": asked})
+    for subset in _shared({"older": older}):
         if subset not in now:
             raise EvlecgError(f"the older report answers questions of {subset}, of which none is asked now",
                               where=where, hint="a report on the same subsets")  # fmt: skip
@@ -121,9 +128,9 @@ def drops_since(older: Rows, now: TextScores, *, n_boot: int = N_BOOT) -> dict[s
     Raises:
         EvlecgError: a right answer differs, or a subset that the older report answers has no answers in this one.
     """
-    ours: Rows = {(read.item.subset, read.item.id): read.to_dict() for read in now.reads}
+    ours = _with_metric((read.to_dict() for read in now.reads), {name: one.metric for name, one in now.subsets.items()})
     pairs = paired_answers({"older": older, "this": ours})
-    for subset in _numbered({"older": older}):
+    for subset in _shared({"older": older}):
         if subset not in pairs:
             raise EvlecgError(f"the older report has answers to {subset}, this one has none", where="--max-drop-vs",
                               hint="a report on the same subsets")  # fmt: skip

@@ -12,13 +12,16 @@ import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evlecg import __version__, launch
 from evlecg.errors import EvlecgError, Stopped
 from evlecg.progress import ConsoleProgress, Progress
+
+if TYPE_CHECKING:
+    from evlecg.prepare import PrepareSummary
 
 GATE_NOT_MET = 3
 MOST_COLUMNS = 12  # of a table in a terminal; with more labels their numbers stand in the report alone
@@ -84,6 +87,7 @@ def _root(
     "evlecg prepare --dataset ptbxl --source ~/ptb-xl/1.0.3 --out data/ptbxl · "
     "evlecg prepare --teacher X --dataset data/ptbxl --out caches/x-ptbxl (teacher cache) · "
     "evlecg prepare --dataset ecgqa --source ecg-qa --signals ptb-xl=~/ptb-xl/1.0.3 --out data/ecgqa · "
+    "evlecg prepare --join data/ptbxl --join data/synthetic=train --out data/both · "
     "accelerate launch --num_processes 8 -m evlecg.cli prepare --dataset mimic-iv-ecg --source DIR --out data/mimic",
 )
 def prepare(
@@ -104,6 +108,13 @@ def prepare(
     exclude: Annotated[
         list[Path] | None,
         typer.Option(help="Prepared folder whose signals are left out, whatever their names; repeatable."),
+    ] = None,
+    joined: Annotated[
+        list[str] | None,
+        typer.Option("--join", metavar="DIR[=SPLITS]", help="Put prepared folders, or splits of them, into one."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="With --join: draw splits anew, by patient, as TRAIN/VAL/TEST (50/10/40).")
     ] = None,
     train: Annotated[int, typer.Option(help="Synthetic training records.", min=1)] = 1000,
     val: Annotated[int, typer.Option(help="Synthetic validation records.", min=1)] = 300,
@@ -130,11 +141,17 @@ def prepare(
 ) -> None:
     """Turn a dataset as published into a checked, patient-disjoint, memory-mapped folder.
 
-    With --teacher, run a teacher once on a prepared folder and keep what the losses read of it. An interrupted command
-    goes on where it stopped when it is repeated; a finished one does nothing.
+    With --teacher, run a teacher once on a prepared folder and keep what the losses read of it. With --join, put
+    prepared folders together; a DIR=SPLITS gives these splits only, as they are. An interrupted command goes on where
+    it stopped when it is repeated; a finished one does nothing.
     """
     if list_ or list_labels:
         return _print_catalogue(list_labels, as_json)
+    if joined and dataset is None and out is not None:
+        return _join(joined, out, labels, split, seed, overwrite, as_json, _progress(quiet, verbose))
+    if joined or split:
+        raise EvlecgError("--join takes the place of --dataset, and --split goes with it", where="--join",
+                          hint="evlecg prepare --join DIR --join DIR --out DIR")  # fmt: skip
     if dataset is None or out is None:
         missing = "--dataset" if dataset is None else "--out"
         hint = "evlecg prepare --dataset NAME --source DIR --out DIR; --list shows the names"
@@ -150,23 +167,8 @@ def prepare(
         counts=counts if dataset == "synthetic" else None, signals=_named_folders(signals or []), table=table,
         exclude=tuple(exclude or ()), workers=workers, progress=_progress(quiet, verbose),
     )  # fmt: skip
-    if launch.rank():
-        return
-    if as_json:
-        return _print_json(summary.to_dict())
-    splits = ", ".join(f"{name} {count}" for name, count in summary.splits.items())
-    typer.echo(f"{summary.out}: {summary.n_kept} records of {summary.n_patients} patients ({splits})")
-    typer.echo(
-        f"  read {summary.n_read}: kept {summary.n_kept} (of them repaired {summary.n_repaired}), "
-        f"rejected {summary.n_rejected}, dropped {summary.n_dropped}"
-    )
-    for verb, counted in (("repaired", summary.repairs), ("left out", summary.reasons)):
-        for what, count in counted.items():
-            typer.echo(f"  {verb} {count} x {what}")
-    if summary.positives:
-        typer.echo("  positives: " + ", ".join(f"{label} {count}" for label, count in summary.positives.items()))
-    if summary.n_questions:
-        typer.echo(f"  questions: {summary.n_questions}")
+    if not launch.rank():
+        _print_prepared(summary, as_json)
 
 
 @app.command(
@@ -215,7 +217,10 @@ def distill(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Checks, memory and time of a step; leaves nothing on disk.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Checks, memory and time of a step; of a study, its table so far. Leaves nothing on disk."
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on where the run is not expected to fit.")] = False,
     resume: Annotated[
@@ -240,7 +245,7 @@ def distill(
     from evlecg.recipe import load_recipe, parse_set
 
     if study is not None:
-        return _run_study(study, out, workers, as_json, _progress(quiet, verbose))
+        return _run_study(study, out, workers, dry_run, as_json, _progress(quiet, verbose))
     overrides: dict[str, Any] = {
         "teacher": teacher, "student": student, "data.dir": data, "method": method, "seed": seed,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size,
@@ -293,6 +298,36 @@ def distill(
         typer.echo(f"student: {result.exported.weights}")
 
 
+def _join(
+    joined: list[str], out: Path, labels: str | None, split: str | None, seed: int, overwrite: bool, as_json: bool,
+    progress: Progress,
+) -> None:  # fmt: skip
+    from evlecg.joining import join, part_of, shares_of
+
+    parts = [part_of(text) for text in joined]
+    shares = shares_of(split) if split else None
+    summary = join(parts, out=out, labels=labels, shares=shares, seed=seed, overwrite=overwrite, progress=progress)
+    _print_prepared(summary, as_json)
+
+
+def _print_prepared(summary: PrepareSummary, as_json: bool) -> None:
+    if as_json:
+        return _print_json(summary.to_dict())
+    splits = ", ".join(f"{name} {count}" for name, count in summary.splits.items())
+    typer.echo(f"{summary.out}: {summary.n_kept} records of {summary.n_patients} patients ({splits})")
+    typer.echo(
+        f"  read {summary.n_read}: kept {summary.n_kept} (of them repaired {summary.n_repaired}), "
+        f"rejected {summary.n_rejected}, dropped {summary.n_dropped}"
+    )
+    for verb, counted in (("repaired", summary.repairs), ("left out", summary.reasons)):
+        for what, count in counted.items():
+            typer.echo(f"  {verb} {count} x {what}")
+    if summary.positives:
+        typer.echo("  positives: " + ", ".join(f"{label} {count}" for label, count in summary.positives.items()))
+    if summary.n_questions:
+        typer.echo(f"  questions: {summary.n_questions}")
+
+
 def _cache_teacher(
     recipe: str | None, given: dict[str, Any], sets: list[str], as_json: bool, progress: Progress
 ) -> None:
@@ -314,16 +349,20 @@ def _cache_teacher(
         typer.echo(f"  {name}: {told['bytes'] / 2**20:.1f} MiB, relative error {told['relative_error']:.2%}")
 
 
-def _run_study(name: str, out: Path | None, workers: int, as_json: bool, progress: Progress) -> None:
-    from evlecg.study import find_study, load_study, run_study
+def _run_study(
+    name: str, out: Path | None, workers: int, dry_run: bool, as_json: bool, progress: Progress
+) -> None:  # fmt: skip
+    from evlecg.study import find_study, load_study, run_study, study_table, tell
 
     if out is None:
         raise EvlecgError("a study needs a folder to write", where="--out", hint="--out studies/NAME")
-    told = run_study(load_study(find_study(name)), out=out, workers=workers, progress=progress)
+    study = load_study(find_study(name))
+    told = tell(study, out) if dry_run else run_study(study, out=out, workers=workers, progress=progress)
     if as_json:
         return _print_json(told)
-    typer.echo((out / "table.md").read_text(encoding="utf-8"))
-    typer.echo(f"results: {out / 'results.json'}")
+    typer.echo(study_table(study, told))
+    if not dry_run:
+        typer.echo(f"results: {out / 'results.json'}")
 
 
 @app.command(

@@ -189,7 +189,7 @@ def prepare(
         ],
         "table": [_file_signature(path) for path in (table, table.with_suffix(".yaml"))] if table else None,
     }
-    if not overwrite and (done := _finished(out, plan)) is not None:
+    if not overwrite and (done := finished(out, plan)) is not None:
         progress.info(f"{out} is up to date: the same source and options, {done.n_kept} records; nothing to do")
         return done
     task = _Task(dataset, opened.root if opened else None, options, None if published_hz else fs, partial)
@@ -227,7 +227,7 @@ def prepare(
             strict=strict,
         )
         (folder / "plan.json").unlink()
-    return _summary(out, manifest)
+    return summary_of(out, manifest)
 
 
 class _Worker:
@@ -359,7 +359,7 @@ def _help(
     """What the other processes of a launcher do: read their shards, then wait for the first one to finish."""
 
     def done() -> PrepareSummary | None:
-        return None if task.folder.exists() else _finished(out, plan)
+        return None if task.folder.exists() else finished(out, plan)
 
     if overwrite:  # the folder that is there may be the one to be replaced
         _await(lambda: not _has_plan(task.folder, plan), JOINING_S)
@@ -401,7 +401,7 @@ def _await(missing: Callable[[], int], patience_s: float) -> bool:
     return True
 
 
-def _finished(out: Path, plan: dict[str, Any]) -> PrepareSummary | None:
+def finished(out: Path, plan: dict[str, Any]) -> PrepareSummary | None:
     """The summary of a folder that was made with this plan; None where nothing is there.
 
     Raises:
@@ -419,10 +419,11 @@ def _finished(out: Path, plan: dict[str, Any]) -> PrepareSummary | None:
             f"the output folder was prepared from something else: {', '.join(other)} differ", where=out,
             hint="choose another --out, or add --overwrite",
         )  # fmt: skip
-    return replace(_summary(out, manifest), unchanged=True)
+    return replace(summary_of(out, manifest), unchanged=True)
 
 
-def _summary(out: Path, manifest: dict[str, Any]) -> PrepareSummary:
+def summary_of(out: Path, manifest: dict[str, Any]) -> PrepareSummary:
+    """What a manifest says of a prepared folder."""
     splits = manifest["splits"]
     return PrepareSummary(
         out=out,

@@ -20,6 +20,7 @@ from evlecg.metrics import (
     F1,
     Scored,
     compare,
+    compare_runs,
     estimate,
     holm,
     mcnemar,
@@ -276,3 +277,30 @@ def test_seed_test_pairs_by_seed_whatever_the_order() -> None:
     assert (same.p, same.undefined_because) == (None, "all differences are the same")
     with pytest.raises(EvlecgError, match=r"same seeds .seeds 2"):
         seed_test({"a": {0: 0.8, 1: 0.7}, "b": {0: 0.8, 1: 0.7, 2: 0.1}})
+
+
+def test_runs_over_seeds_in_the_same_resamples() -> None:
+    left = [make(n=150, patients=60, noise_seed=seed, shift=1.5) for seed in (1, 2)]
+    right = [make(n=150, patients=60, noise_seed=seed, shift=1.0) for seed in (3, 4)]
+    found = compare_runs(AUROC, left, right, label_groups=GROUPS, n_boot=120, seed=2)
+    apart_RK = np.mean([draws(a) - draws(b) for a, b in zip(left, right, strict=True)], axis=0)
+    values = [[estimate(AUROC, scored, label_groups=GROUPS, n_boot=0) for scored in side] for side in (left, right)]
+
+    def value(read) -> float:
+        return float(np.mean([read(a) - read(b) for a, b in zip(*values, strict=True)]))
+
+    assert (found.n_runs, found.n, found.n_patients) == (2, 150, left[0].n_patients)
+    assert_allclose(found.macro.value, value(lambda one: one.overall["macro"].value), atol=1e-12)
+    assert_allclose(found.macro.ci95, np.percentile(apart_RK.mean(axis=1), (2.5, 97.5)), atol=1e-12)
+    assert_allclose(found.groups["QRS"].value, value(lambda one: one.label_groups["QRS"].value), atol=1e-12)
+    contrast_R = apart_RK[:, :2].mean(axis=1) - apart_RK[:, 3]
+    assert_allclose(found.contrasts["QRS", "rhythm"].ci95, np.percentile(contrast_R, (2.5, 97.5)), atol=1e-12)
+    one = compare(AUROC, {"a": left[0], "b": right[0]}, n_boot=120, seed=2).pair("a", "b").headline
+    alone = compare_runs(AUROC, left[:1], right[:1], n_boot=120, seed=2).macro
+    assert (alone.value, alone.ci95) == (one.value, one.ci95), "one run is an ordinary comparison"
+    taught = compare_runs(AUROC, [left[0]] * 2, right, n_boot=120, seed=2)  # a teacher has no seeds
+    assert_allclose(taught.macro.value, np.mean([compare_runs(AUROC, left[:1], [b], n_boot=0).macro.value
+                                                 for b in right]))  # fmt: skip
+    assert json.loads(json.dumps(found.to_dict()))["contrasts"][0]["a"] == "QRS"
+    with pytest.raises(EvlecgError, match="2 and 1 runs cannot be paired"):
+        compare_runs(AUROC, left, right[:1])

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
 
+from evlecg.data.labels import labels_by_basis
 from evlecg.errors import EvlecgError
+from evlecg.evaluate import read_scored
+from evlecg.metrics import AUROC, compare_runs
 from evlecg.recipe import load_recipe
 from evlecg.study import (
     Method,
@@ -25,8 +29,10 @@ from evlecg.study import (
     run_study,
     study_figure,
     study_table,
+    tell,
     tune_cells,
     write_rows,
+    write_told,
 )
 
 GRID = {"train.lr": [1e-3, 2e-3]}
@@ -95,6 +101,56 @@ def test_a_row_is_a_recipe_and_a_line_of_the_figure(tmp_path):
     assert study_figure(STUDY, told, tmp_path).stat().st_size > 5000
     panel = json.loads((tmp_path / "seeds.json").read_text())["p, all records"]
     assert panel == {"scores": {"ce": [0.7, 0.7], "evl": [0.8, 0.8]}, "teacher": 0.9}
+
+
+def write_predictions(folder, shift, seed):
+    noise = np.random.default_rng(seed)
+    truth_NK = np.random.default_rng(0).random((60, 3)) < 0.4
+    score_NK = truth_NK * shift + noise.normal(size=truth_NK.shape)
+    folder.mkdir(parents=True)
+    with (folder / "predictions.jsonl").open("w") as file:
+        for n, k in np.ndindex(*truth_NK.shape):
+            row = {"record_id": f"r{n}", "patient_id": f"p{n // 2}", "label": ("CD", "STTC", "HYP")[k]}
+            file.write(json.dumps(row | {"score": score_NK[n, k], "truth": bool(truth_NK[n, k])}) + "\n")
+    return read_scored(folder)
+
+
+def test_the_leaders_gain_over_test_patients_by_what_labels_hang_on(tmp_path):
+    assert tell(STUDY, tmp_path)["left"] == 13, "a folder without a cell"
+    for one, told in zip(tune_cells(STUDY), tuned(), strict=True):
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        (tmp_path / "cells" / f"{one.key}.json").write_text(json.dumps(told))
+    scored = {}
+    labels = {"CD": 0.7, "STTC": 0.6, "HYP": 0.5}
+    for one in final_cells(STUDY, tell(STUDY, tmp_path)["chosen"]):
+        if one.method == "uld" and one.seed == 1:
+            continue
+        run = tmp_path / "cells" / one.key / "run" / "report" / "distilled"
+        scored[one.method, one.seed] = write_predictions(run, {"evl": 2.0, "ce": 1.0, "uld": 0.0}[one.method], one.seed)
+        told = cell("final", one.method, one.seed, dict(one.configuration), 0.5) | {"labels": labels}
+        (tmp_path / "cells" / f"{one.key}.json").write_text(json.dumps(told))
+    taught = write_predictions(tmp_path / "teachers" / "p", 3.0, 9)
+    (tmp_path / "teachers" / "p" / "report.json").write_text(json.dumps(
+        {"metrics": {"auc": {"macro": {"value": 0.9}, "labels": {name: {"value": 0.9} for name in labels}}}}
+    ))  # fmt: skip
+    told = tell(STUDY, tmp_path)
+    assert told["left"] == 1 and told["teacher_labels"]["p"] == dict.fromkeys(labels, 0.9)
+    over = {row["method"]: row for row in told["over_records"]}
+    assert {name: row["seeds"] for name, row in over.items()} == {
+        "ce": [1, 2, 3], "uld": [2, 3], "teacher": [1, 2, 3],
+    }  # fmt: skip
+    sides = [[scored[name, seed] for seed in (1, 2, 3)] for name in ("evl", "ce")]
+    expected = compare_runs(AUROC, *sides, label_groups=labels_by_basis(("CD", "STTC", "HYP"))).to_dict()
+    assert {key: over["ce"][key] for key in expected} == json.loads(json.dumps(expected))
+    assert over["ce"]["groups"]["QRS shape"]["value"] > 0 and over["teacher"]["macro"]["value"] < 0
+    assert taught.n_patients == over["teacher"]["n_patients"] == 30
+    lines = study_table(STUDY, told).splitlines()
+    row = next(line for line in lines if line.startswith("| ce | 0.700 | 0.600 | 0.500 |")).split(" | ")
+    gain = over["ce"]["groups"]["ST/T"]
+    assert row[6] == f"{gain['value']:+.3f} ({gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f})" and row[-1] == "3 |"
+    assert any(line.startswith("60 test records of 30 patients") for line in lines)
+    assert any(line.startswith("| evl | 0.700 | 0.600 | 0.500 |  |") for line in lines)
+    assert json.loads(json.dumps(write_told(STUDY, tmp_path))) == json.loads((tmp_path / "results.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -185,5 +241,12 @@ def test_a_whole_study_goes_on_where_it_stopped(checkpoints, synthetic, tmp_path
     assert len(made) == 2 and not list(out.glob("cells/*/run/student")), "weights are not kept"
     run_study(study, out=out, workers=2)
     assert made == {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}, "nothing ran again"
+    moved = next((out / "cells").glob("final-tiny-ce-*.json"))
+    moved.unlink()
+    recipe = moved.with_suffix("") / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(synthetic), "/elsewhere"))
+    again = run_study(study, out=out)
+    found = next(found for found in again["cells"] if found["method"] == "ce")
+    assert found["error"] is None and found["auc"] == by_name["ce"]["auc"], "what cannot be gone on with begins anew"
     with pytest.raises(EvlecgError, match="another study"):
         run_study(STUDY, out=out)

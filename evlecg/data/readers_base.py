@@ -14,7 +14,7 @@ from evlecg.data.gates import Unfit
 from evlecg.errors import EvlecgError
 from evlecg.schema import Record
 
-SPLIT_SHARES = (("train", 0.8), ("val", 0.1), ("test", 0.1))
+SPLIT_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 MAX_AGE = 90.0  # ages of 90 and more are one group: the few very old could be recognised
 SEARCH_WIDTH = 1000
 SEARCH_DEPTH = 4  # wget -r puts a dataset under physionet.org/files/NAME/VERSION
@@ -230,15 +230,23 @@ class Lazy:
         return self.start()
 
 
-def split_of(patient_id: str, seed: int) -> str:
-    """The split of a patient: the same on every machine, about 80/10/10, other for another seed."""
+def split_of(patient_id: str, seed: int, shares: Mapping[str, float] | None = None) -> str:
+    """The split of a patient: the same on every machine, other for another seed.
+
+    Args:
+        patient_id: whose.
+        seed: of the draw.
+        shares: split -> share, which come to one; None for 80/10/10.
+    """
     digest = hashlib.sha256(f"{seed}:{patient_id}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
-    for split, share in SPLIT_SHARES:
+    last = ""
+    for split, share in (shares or SPLIT_SHARES).items():
         if place < share:
             return split
         place -= share
-    return SPLIT_SHARES[-1][0]
+        last = split if share else last
+    return last  # what rounding left over
 
 
 def parse_age(text: str) -> float | None:

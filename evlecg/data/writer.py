@@ -94,6 +94,18 @@ def write_shard(
     return n_entries
 
 
+def write_part(folder: Path, shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Lines of a shard whose blocks are in their place already; `parts/` must exist.
+
+    Args:
+        folder: folder that is being prepared.
+        shard: its number.
+        rows: as in records.jsonl, or `id`, `reason` and `fault` of a record that is left out.
+    """
+    with part_path(folder, shard).open("wb") as part:
+        part.writelines(map(_line, rows))
+
+
 def _steps(signal_mV: np.ndarray) -> np.ndarray:
     return np.rint(signal_mV * np.float32(STEPS_PER_MV)).astype(STEP_TYPE)
 
@@ -372,5 +384,5 @@ def write_prepared(
     return assemble(folder, 1, descriptions=descriptions, about=about)
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _line(row: Mapping[str, Any]) -> bytes:
     return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -70,6 +70,7 @@ from evlecg.metrics.ranking import (
     roc_curve,
 )
 from evlecg.metrics.resampling import N_BOOT
+from evlecg.metrics.runs import Gain, RunsComparison, compare_runs
 from evlecg.metrics.scored import Scored
 from evlecg.metrics.subgroups import GroupTable, by_group
 
@@ -94,6 +95,7 @@ __all__ = [
     "EceIfCalibrated",
     "Estimate",
     "Estimates",
+    "Gain",
     "GroupTable",
     "McNemar",
     "Metric",
@@ -101,12 +103,14 @@ __all__ = [
     "Pair",
     "ReliabilityBin",
     "ReliabilityCurve",
+    "RunsComparison",
     "Scored",
     "SeedTest",
     "Thresholds",
     "brier_term",
     "by_group",
     "compare",
+    "compare_runs",
     "delong",
     "delong_auroc",
     "delong_test",

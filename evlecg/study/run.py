@@ -1,4 +1,4 @@
-"""Running a study: every cell in a process of its own, and what is written when all are done."""
+"""Running a study: every cell in a process of its own; what came of them is told in `tell`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from evlecg.pipeline import training_data
 from evlecg.progress import Progress
 from evlecg.recipe import load_recipe
 from evlecg.study.plan import Cell, Study, check_grown, choose, final_cells, tune_cells
-from evlecg.study.table import study_figure, study_table, write_rows
+from evlecg.study.tell import aucs, result_of, write_told
 from evlecg.training.guards import StopRequest, stop_requests
 
 TOLD_ERROR_CHARS = 2000
 POLL_S = 0.5
+REFUSED = 2  # exit code of bad input
 STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a run that saved and can go on
 
 
 def run_study(study: Study, *, out: Path, workers: int = 1, threads: int = 1, progress: Progress | None = None) -> dict:
-    """Runs what is not done yet, and writes results.json, table.md, seeds.png and recipes/, one a row.
+    """Runs what is not done yet, and writes what `write_told` does.
 
     Args:
         study: from `load_study`.
@@ -48,31 +49,23 @@ def run_study(study: Study, *, out: Path, workers: int = 1, threads: int = 1, pr
     """
     progress = progress or Progress()
     out.mkdir(parents=True, exist_ok=True)
-    told = json.loads(json.dumps(dataclasses.asdict(study)))
+    stated_now = json.loads(json.dumps(dataclasses.asdict(study)))
     stated = out / "study.json"
     if stated.exists():
-        check_grown(json.loads(stated.read_text()), told, where=out)
-    write_text_atomic(stated, json.dumps(told, indent=2) + "\n")
+        check_grown(json.loads(stated.read_text()), stated_now, where=out)
+    write_text_atomic(stated, json.dumps(stated_now, indent=2) + "\n")
     data = {pair: str(training_data(load_recipe(study.recipe, dict(keys)), progress).resolve())
             for pair, keys in study.pairs.items()}  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
-    tuned = tune_cells(study)
-    _run(study, tuned, results, out, data, workers, threads, progress)
-    chosen = choose(study, [results[cell.key] for cell in tuned])
-    finals = final_cells(study, chosen)
     try:
-        _run(study, finals, results, out, data, workers, threads, progress)
+        tuned = tune_cells(study)
+        _run(study, tuned, results, out, data, workers, threads, progress)
+        chosen = choose(study, [results[cell.key] for cell in tuned])
+        _run(study, final_cells(study, chosen), results, out, data, workers, threads, progress)
         for pair in study.pairs:
             _score_teacher(study, pair, out, data[pair], threads)
     finally:  # what is done is told, also of a study that was stopped
-        done = [results[cell.key] for cell in [*tuned, *finals] if cell.key in results]
-        teachers = {pair: _teacher_auc(out, pair) for pair in study.pairs}
-        told = {"study": study.name, "chosen": chosen, "teachers": teachers, "cells": done,
-                "left": len(tuned) + len(finals) - len(done)}  # fmt: skip
-        write_text_atomic(out / "results.json", json.dumps(told, indent=1) + "\n")
-        write_text_atomic(out / "table.md", study_table(study, told))
-        study_figure(study, told, out)
-        write_rows(study, told, out / "recipes")
+        told = write_told(study, out)
     return told
 
 
@@ -83,9 +76,9 @@ def _run(
     """Fills in the results of all cells by their keys; those without one are run, `workers` at a time."""
     waiting = []
     for cell in cells:
-        path = out / "cells" / f"{cell.key}.json"
-        if path.exists():
-            results[cell.key] = json.loads(path.read_text())
+        result = result_of(out, cell)
+        if result is not None:
+            results[cell.key] = result
         else:
             waiting.append(cell)
     if waiting:
@@ -143,16 +136,18 @@ def _run_cell(
     command = [sys.executable, "-m", "evlecg.cli", "distill", "--recipe", str(folder / "recipe.yaml"), "--quiet",
                "--out", str(run), "--json", *(["--resume"] if run.is_dir() else [])]  # fmt: skip
     code, error = _watched(command, threads, request)
+    if code == REFUSED and "--resume" in command:  # begun by another version, or beside other files: from the start
+        shutil.rmtree(run)
+        code, error = _watched([word for word in command if word != "--resume"], threads, request)
     if code in STOPPED or code < 0:  # it saved; or it was killed, by hand or for memory
         return None
     result: dict[str, Any] = {**dataclasses.asdict(cell), "recipe_fingerprint": recipe.fingerprint(), "auc": None,
                               "accuracy": None, "labels": None, "seconds": None, "error": None}  # fmt: skip
     reports = list((run / "report").glob("*/report.json"))
     if code == 0 and reports:
-        metrics = json.loads(reports[0].read_text())["metrics"]
-        result["auc"] = metrics["auc"]["macro"]["value"]
-        result["labels"] = {name: label["value"] for name, label in metrics["auc"]["labels"].items()}
-        result["accuracy"] = metrics["decisions"]["as_answered"]["accuracy"]["overall"]["exact"]["value"]
+        report = json.loads(reports[0].read_text())
+        result["auc"], result["labels"] = aucs(report)
+        result["accuracy"] = report["metrics"]["decisions"]["as_answered"]["accuracy"]["overall"]["exact"]["value"]
         result["seconds"] = json.loads((run / "run.json").read_text())["seconds"]
     else:
         result["error"] = (error or f"exit code {code}")[-TOLD_ERROR_CHARS:]
@@ -189,12 +184,6 @@ def _score_teacher(study: Study, pair: str, out: Path, data: str, threads: int) 
     if recipe.data.labels:
         command += ["--labels", ",".join(recipe.data.labels)]
     subprocess.run(command, capture_output=True, check=False, env=_environment(threads))
-
-
-def _teacher_auc(out: Path, pair: str) -> float | None:
-    """Macro AUC of a pair's teacher on the test split; None where it is not scored."""
-    report = out / "teachers" / pair / "report.json"
-    return json.loads(report.read_text())["metrics"]["auc"]["macro"]["value"] if report.exists() else None
 
 
 def _environment(threads: int) -> dict[str, str]:

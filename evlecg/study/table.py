@@ -11,11 +11,14 @@ from typing import Any
 
 import yaml
 
+from evlecg.data.labels import labels_by_basis
 from evlecg.figures import seeds_figure
 from evlecg.files import write_text_atomic
 from evlecg.metrics import OverSeeds, SeedTest, holm, over_seeds, seed_test
 from evlecg.recipe import Recipe, assign, load_recipe
 from evlecg.study.plan import Study
+
+TEACHER = "teacher"  # its row
 
 
 def study_table(study: Study, told: Mapping[str, Any]) -> str:
@@ -32,7 +35,7 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
         lines += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
         teacher = told["teachers"].get(pair)
         if teacher is not None:
-            lines.append(f"| teacher | {teacher:.3f} |" + " |" * (len(heads) - 2))
+            lines.append(f"| {TEACHER} | {teacher:.3f} |" + " |" * (len(heads) - 2))
         for name in study.methods:
             row = _chosen(told, pair, size, name)
             scores = _by_seed(here, name)
@@ -50,6 +53,7 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
                 f"{gain} | {behind} | {_digits(row)} | {row['tried'] if row else ''} |"
             )
         lines.append("")
+        lines += _by_basis(study, told, pair, size)
     failed = [cell for cell in told["cells"] if cell["auc"] is None]
     seconds = sum(cell["seconds"] or 0 for cell in told["cells"])
     left = f" {told['left']} runs are left to do." if told.get("left") else ""
@@ -61,6 +65,59 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _by_basis(study: Study, told: Mapping[str, Any], pair: str, size: int | None) -> list[str]:
+    """The table by what labels hang on, with intervals over test patients; nothing without them."""
+    over = {row["method"]: row for row in told.get("over_records", ()) if (row["pair"], row["size"]) == (pair, size)}
+    if not over:
+        return []
+    here = _of(_final(told), pair, size)
+    aucs = {name: _label_means(here, name) for name in study.methods}
+    if pair in told.get("teacher_labels", {}):
+        aucs = {TEACHER: told["teacher_labels"][pair], **aucs}
+    groups = labels_by_basis(next(labels for labels in aucs.values() if labels))
+    contrasts = next(iter(over.values()))["contrasts"]
+    first = next(iter(over.values()))
+    minus = f"{study.leader} minus this"
+    heads = ["method", *(f"{name} ({', '.join(labels)})" for name, labels in groups.items()), f"{minus}: macro",
+             *(f"{minus}: {name}" for name in groups),
+             *(f"{one['a']} minus {one['b']}" for one in contrasts), "seeds"]  # fmt: skip
+    lines = [f"{first['n']} test records of {first['n_patients']} patients, by what labels hang on; intervals (95%) "
+             "over resampled patients, seeds averaged:", "",
+             "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]  # fmt: skip
+    for name, labels in aucs.items():
+        if not labels:
+            continue
+        means = []
+        for members in groups.values():
+            values = [labels[label] for label in members if labels.get(label) is not None]
+            means.append(f"{sum(values) / len(values):.3f}" if values else "")
+        row = over.get(name)
+        gains = [""] * (len(heads) - len(means) - 1)
+        if row:
+            found = [row["macro"], *(row["groups"].get(group) for group in groups), *row["contrasts"]]
+            gains = [*map(_gain, found), str(len(row["seeds"]))]
+        lines.append("| " + " | ".join([name, *means, *gains]) + " |")
+    return [*lines, ""]
+
+
+def _label_means(cells: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
+    """Label -> AUC, averaged over the seeds in which it has one."""
+    found: dict[str, list[float]] = {}
+    for cell in cells:
+        if cell["method"] == method:
+            for label, value in (cell.get("labels") or {}).items():
+                if value is not None:
+                    found.setdefault(label, []).append(value)
+    return {label: sum(values) / len(values) for label, values in found.items()}
+
+
+def _gain(gain: Mapping[str, Any] | None) -> str:
+    if not gain or gain["value"] is None:
+        return ""
+    interval = gain["ci95"]
+    return f"{gain['value']:+.3f}" + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
 
 
 def study_figure(study: Study, told: Mapping[str, Any], folder: Path) -> Path | None:

@@ -1,0 +1,130 @@
+"""Two methods, each trained with several seeds and scored on the same records: what would other patients say?
+
+`seed_test` asks whether other seeds would change a verdict. Here the seeds are averaged, and patients are resampled:
+few test records cannot prove much, whatever the seeds agree on.
+
+Shape legend: K labels, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from evlecg.errors import EvlecgError
+from evlecg.metrics.compare import shared_means
+from evlecg.metrics.estimates import Metric, plain
+from evlecg.metrics.resampling import N_BOOT, Values, observed, percentile_interval, resampled
+from evlecg.metrics.scored import Scored, same_records
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A mean over seeds of A minus B.
+
+    Attributes:
+        value: None where no label has a value on both sides.
+        ci95: percentile interval over resampled patients, all seeds in the same resamples; None without a value, or
+            without resamples.
+    """
+
+    value: float | None
+    ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class RunsComparison:
+    """Runs of two methods on the same records.
+
+    Attributes:
+        n_runs: pairs of runs that are averaged.
+        n, n_patients: records and their patients.
+        macro: over all labels.
+        groups: label group -> the same over its labels.
+        contrasts: of every two groups, the first's gain minus the second's: is the difference larger there?
+    """
+
+    n_runs: int
+    n: int
+    n_patients: int
+    macro: Gain
+    groups: Mapping[str, Gain]
+    contrasts: Mapping[tuple[str, str], Gain]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; contrasts as a list."""
+        told = asdict(self) | {"contrasts": [
+            {"a": a, "b": b, **asdict(gain)} for (a, b), gain in self.contrasts.items()
+        ]}  # fmt: skip
+        return plain(told)
+
+
+def compare_runs(
+    metric: Metric,
+    a: Sequence[Scored],
+    b: Sequence[Scored],
+    *,
+    label_groups: Mapping[str, Sequence[str]] | None = None,
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+) -> RunsComparison:
+    """A minus B, run by run, averaged over the runs.
+
+    Args:
+        metric: its mean over labels is compared, over the labels that both have in a resample.
+        a, b: as many of one as of the other, in the same order of seeds; the same records, truths and labels.
+        label_groups: name -> labels, as in `estimate`.
+
+    Raises:
+        EvlecgError: not as many of both, none, or other records, truths or labels.
+    """
+    if len(a) != len(b) or not a:
+        raise EvlecgError(f"{len(a)} and {len(b)} runs cannot be paired", hint="one of each for every seed")
+    sides = {f"{side}{place}": scored for side, runs in (("a", a), ("b", b)) for place, scored in enumerate(runs)}
+    same_records(sides)
+    first = a[0]
+    # one object scored twice, such as a teacher that has no seeds, is resampled once
+    once = {id(scored): scored for scored in sides.values()}
+    bound = {str(key): metric.bind(scored) for key, scored in once.items()}
+    seen = {key: observed(statistic, first.n_patients) for key, statistic in bound.items()}
+    drawn = {}
+    if n_boot:
+        drawn = resampled(bound, first.n_patients, first.most_records_of_a_patient, n_boot=n_boot, seed=seed)
+
+    def means_R(values: Mapping[str, Values], columns: list[int]) -> np.ndarray:
+        """Mean difference over the runs in every resample; [0] where there is none."""
+        if not values:
+            return np.empty(0)
+        per_run = [shared_means(*(values[str(id(one))].label_RK[:, columns] for one in both))
+                   for both in zip(a, b, strict=True)]  # fmt: skip
+        return np.mean([left_R - right_R for left_R, right_R in per_run], axis=0)
+
+    def gain_of(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        columns = [first.labels.index(label) for label in labels if label in first.labels]
+        return means_R(seen, columns), means_R(drawn, columns)
+
+    groups = {
+        name: gain_of(labels)
+        for name, labels in (label_groups or {}).items()
+        if any(label in first.labels for label in labels)
+    }
+    return RunsComparison(
+        n_runs=len(a),
+        n=len(first.value_NK),
+        n_patients=first.n_patients,
+        macro=_gain(*gain_of(first.labels)),
+        groups={name: _gain(*found) for name, found in groups.items()},
+        contrasts={
+            (one, other): _gain(*(left - right for left, right in zip(groups[one], groups[other], strict=True)))
+            for one, other in combinations(groups, 2)
+        },
+    )
+
+
+def _gain(seen: np.ndarray, drawn_R: np.ndarray) -> Gain:
+    value = float(seen[0])
+    return Gain(None, None) if np.isnan(value) else Gain(value, percentile_interval(drawn_R))

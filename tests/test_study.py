@@ -28,12 +28,14 @@ from evlecg.study import (
     load_study,
     run_study,
     study_figure,
+    study_summary,
     study_table,
     tell,
     tune_cells,
     write_rows,
     write_told,
 )
+from tests import tables
 
 GRID = {"train.lr": [1e-3, 2e-3]}
 STUDY = Study(
@@ -80,6 +82,10 @@ def test_the_table_holds_means_paired_tests_and_failures():
     assert f"| evl | 0.810 ± 0.017 | 0.500 ± 0.000 | 3 | +0.100, {p:.3f}, {p:.3f} |" in table
     assert "| teacher | 0.900 |" in table and "| uld | failed | | 0 |" in table
     assert "13 runs, 4 of them failed, 0.13 hours" in table
+    short = study_summary(STUDY, {"cells": tuned() + cells, "chosen": chosen, "teachers": {"p": 0.9}}).splitlines()
+    assert short[0] == "| method | p: macro AUC | evl minus this |" and short[2] == "| teacher | 0.900 |  |"
+    assert short[3] == "| ce | 0.710 ± 0.010 (3 seeds) | +0.100 (+0.075 to +0.125) |"
+    assert short[4:] == ["| evl | 0.810 ± 0.017 (3 seeds) |  |", "| uld | not run |  |"]
     grown = dataclasses.replace(STUDY, methods={**STUDY.methods, "kl": Method()})
     assert "| kl | not run | | 0 | | |  |  |" in study_table(
         grown, {"cells": tuned() + cells, "chosen": chosen, "teachers": {}}
@@ -178,6 +184,15 @@ def test_the_shipped_studies_are_valid():
     assert {len(method.configurations()) for method in study.methods.values()} == {4}, "the same budget for all"
     with pytest.raises(EvlecgError, match="did you mean 'methods'"):
         find_study("methods1")
+
+
+def test_the_tables_in_the_pages_are_those_of_the_results():
+    found = []
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert tables.spliced(text) == text, f"{page.name}: python -m tests.tables"
+        found += [match["name"] for match in tables.PLACE.finditer(text)]
+    assert {"methods", "methods-summary", "ablation", "alignment"} <= set(found)
 
 
 def test_a_study_may_grow_and_may_not_change(tmp_path):

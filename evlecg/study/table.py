@@ -67,6 +67,31 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def study_summary(study: Study, told: Mapping[str, Any]) -> str:
+    """One line a method, a pair of columns for each pair of models and size: its mean, and what the leader adds."""
+    cells = _final(told)
+    tests = _tests(study, cells)
+    places = list(itertools.product(study.pairs, study.sizes))
+    heads = ["method", *itertools.chain.from_iterable(
+        (f"{pair}{'' if len(study.sizes) == 1 else f', {size} records'}: macro AUC", f"{study.leader} minus this")
+        for pair, size in places
+    )]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    rows = {TEACHER: [text for pair, _ in places for text in (_number(told["teachers"].get(pair)), "")]}
+    for name in study.methods:
+        rows[name] = []
+        for pair, size in places:
+            scores = list(_by_seed(_of(cells, pair, size), name).values())
+            seeds = f" ({len(scores)} seeds)" if scores else ""
+            rows[name] += [f"{_summary(over_seeds(scores))}{seeds}" if scores else "not run",
+                           _test(tests.get((study.leader, pair, size, name)), p_too=False)]  # fmt: skip
+    return "\n".join([*lines, *("| " + " | ".join([name, *texts]) + " |" for name, texts in rows.items()), ""])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _by_basis(study: Study, told: Mapping[str, Any], pair: str, size: int | None) -> list[str]:
     """The table by what labels hang on, with intervals over test patients; nothing without them."""
     over = {row["method"]: row for row in told.get("over_records", ()) if (row["pair"], row["size"]) == (pair, size)}
@@ -196,7 +221,9 @@ def _tests(study: Study, cells: Sequence[Mapping[str, Any]]) -> dict[Comparison,
     return {key: (test, p) for (key, test), p in zip(found.items(), corrected, strict=True)}
 
 
-def _test(found: tuple[SeedTest, float | None] | None, *, interval: bool = True, turned: bool = False) -> str:
+def _test(
+    found: tuple[SeedTest, float | None] | None, *, interval: bool = True, turned: bool = False, p_too: bool = True
+) -> str:
     """A comparison in a cell of the table; `turned`: of the second minus the first."""
     if found is None:
         return ""
@@ -204,7 +231,7 @@ def _test(found: tuple[SeedTest, float | None] | None, *, interval: bool = True,
     text = f"{-test.difference.mean if turned else test.difference.mean:+.3f}"
     if test.difference.ci95 is not None and interval:
         text += f" ({test.difference.ci95[0]:+.3f} to {test.difference.ci95[1]:+.3f})"
-    if test.p is not None and adjusted is not None:
+    if p_too and test.p is not None and adjusted is not None:
         text += f", {test.p:.3f}, {adjusted:.3f}"
     return text
 

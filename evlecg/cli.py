@@ -147,11 +147,16 @@ def prepare(
     """
     if list_ or list_labels:
         return _print_catalogue(list_labels, as_json)
-    if joined and dataset is None and out is not None:
-        return _join(joined, out, labels, split, seed, overwrite, as_json, _progress(quiet, verbose))
     if joined or split:
-        raise EvlecgError("--join takes the place of --dataset, and --split goes with it", where="--join",
-                          hint="evlecg prepare --join DIR --join DIR --out DIR")  # fmt: skip
+        aside = {"--dataset": dataset, "--source": source, "--fs": fs, "--signals": signals, "--table": table,
+                 "--teacher": teacher, "--recipe": recipe, "--set": set_, "--compression": compression}  # fmt: skip
+        if given := [name for name, value in aside.items() if value]:
+            raise EvlecgError(f"--join and --split read prepared folders: {', '.join(given)} has no place there",
+                              where=given[0], hint="evlecg prepare --join DIR --join DIR --out DIR")  # fmt: skip
+        if out is None:
+            raise EvlecgError("a joint folder needs a place", where="--out", hint="--out data/NAME")
+        options = {"labels": labels, "seed": seed, "exclude": exclude or [], "strict": strict, "overwrite": overwrite}
+        return _join(joined or [], out, split, options, as_json, _progress(quiet, verbose))
     if dataset is None or out is None:
         missing = "--dataset" if dataset is None else "--out"
         hint = "evlecg prepare --dataset NAME --source DIR --out DIR; --list shows the names"
@@ -299,14 +304,14 @@ def distill(
 
 
 def _join(
-    joined: list[str], out: Path, labels: str | None, split: str | None, seed: int, overwrite: bool, as_json: bool,
-    progress: Progress,
-) -> None:  # fmt: skip
+    joined: list[str], out: Path, split: str | None, options: dict[str, Any], as_json: bool, progress: Progress
+) -> None:
     from evlecg.joining import join, part_of, shares_of
 
+    if launch.rank():
+        return  # one process joins
     parts = [part_of(text) for text in joined]
-    shares = shares_of(split) if split else None
-    summary = join(parts, out=out, labels=labels, shares=shares, seed=seed, overwrite=overwrite, progress=progress)
+    summary = join(parts, out=out, shares=shares_of(split) if split else None, progress=progress, **options)
     _print_prepared(summary, as_json)
 
 

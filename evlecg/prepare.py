@@ -161,7 +161,7 @@ def prepare(
     _check_extras(reader, table, signals)
     published_hz = fs if fs in reader.rates_hz else None
     options = ReadOptions(wanted, seed, published_hz, dict(counts or {}), dict(signals or {}), table)
-    known = _known(exclude)
+    known = known_signals(exclude)
     partial = partial_folder(out)
     about = {
         "dataset": dataset,
@@ -198,10 +198,7 @@ def prepare(
         return _help(task, plan, out, workers, rank, world, overwrite)
 
     with kept_folder(out, overwrite, keep=lambda folder: _has_plan(folder, plan)) as folder:
-        if overwrite and out.is_dir() and any(out.iterdir()) and not is_prepared(out):
-            raise EvlecgError(
-                "the output folder is not a prepared folder, and is not replaced", where=out, hint="choose another"
-            )
+        check_replaceable(out, overwrite)
         with writing(out):
             for name in ("blocks", "parts"):
                 (folder / name).mkdir(exist_ok=True)
@@ -445,7 +442,19 @@ def summary_of(out: Path, manifest: dict[str, Any]) -> PrepareSummary:
     )
 
 
-def _known(folders: Iterable[Path]) -> dict[str, str]:
+def check_replaceable(out: Path, overwrite: bool) -> None:
+    """Only a prepared folder may be overwritten.
+
+    Raises:
+        EvlecgError: `out` holds something else.
+    """
+    if overwrite and out.is_dir() and any(out.iterdir()) and not is_prepared(out):
+        raise EvlecgError(
+            "the output folder is not a prepared folder, and is not replaced", where=out, hint="choose another"
+        )
+
+
+def known_signals(folders: Iterable[Path]) -> dict[str, str]:
     """Hash -> where, of every signal in other prepared folders."""
     known: dict[str, str] = {}
     for folder in folders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evlecg.cli import app
+from evlecg.cli import app, main
 from evlecg.data.store import Prepared
 from evlecg.data.writer import write_prepared
 from evlecg.errors import EvlecgError
 from evlecg.joining import Part, join, part_of, patient_of, shares_of
+from evlecg.progress import Progress
 from evlecg.schema import Question, Record
 from tests.test_readers import STEPS
 
@@ -45,8 +47,10 @@ def test_ids_patients_and_labels_of_both(two: tuple[Path, Path], tmp_path: Path)
     summary = join([Part(two[0]), Part(two[1])], out=tmp_path / "out")
     found = Prepared.open(tmp_path / "out")
     assert found.record_ids == ("ptbxl/r1", "ptbxl/r2", "ptbxl/r3", "cpsc2018/r4", "cpsc2018/r5")
-    assert found.patient_ids == ("ptbxl:p1", "ptbxl:p2", "ptbxl:p3", "cpsc2018:p1", "cpsc2018:p5")
-    assert summary.splits == {"train": 3, "val": 1, "test": 1} and summary.n_patients == 5
+    assert found.patient_ids == ("ptbxl:p1", "ptbxl:p2", "ptbxl:p3", "ptbxl:p1", "cpsc2018:p5"), (
+        "the first of cpsc2018 has the signal of the first of ptbxl, hence the patient"
+    )
+    assert summary.splits == {"train": 3, "val": 1, "test": 1} and summary.n_patients == 4
     assert [row["reason"] for row in found.quarantine()] == ["duplicate: the same signal as ptbxl/r1"]
     assert found.label_descriptions == {"MI": "an infarction", "CD": "a block", "AFIB": "atrial fibrillation"}
     labels_NK = found.labels(np.arange(5), ("MI", "CD", "AFIB"))
@@ -66,21 +70,22 @@ def test_splits_are_taken_or_drawn_anew(two: tuple[Path, Path], tmp_path: Path) 
     assert Prepared.open(tmp_path / "some").record_ids == (
         "ptbxl/r2", "ptbxl/r3", "cpsc2018/r1", "cpsc2018/r4", "cpsc2018/r5",
     )  # fmt: skip
-    many = write(tmp_path / "many", "ludb", [record(n, patient=f"p{n // 2}", MI=bool(n % 3)) for n in range(200)])
+    many = write(tmp_path / "many", "ludb", [record(n, patient=f"p{n // 2}", MI=bool(n % 3)) for n in range(20, 220)])
     parts = [Part(two[0], ("test",)), Part(many)]
     summary = join(parts, out=tmp_path / "drawn", shares=shares_of("50/10/40"))
     drawn = Prepared.open(tmp_path / "drawn")
     assert next(drawn.record_ids[place] for place in drawn.indices("test")) == "ptbxl/r2", "what was named stays"
     assert 70 <= summary.splits["train"] <= 130 and 50 <= summary.splits["test"] <= 110 and summary.splits["val"]
-    of_patient: dict[str, set[str]] = {}
-    for split in ("train", "val", "test"):
-        for index in drawn.indices(split):
-            of_patient.setdefault(drawn.patient_ids[index], set()).add(split)
-    assert all(len(splits) == 1 for splits in of_patient.values())
+    assert summary.n_rejected == 0 and summary.n_kept == 201, "a patient's records are drawn together"
     other = join(parts, out=tmp_path / "other", shares=shares_of("50/10/40"), seed=1)
     assert other.fingerprint != summary.fingerprint
     none = join(parts, out=tmp_path / "none", shares=shares_of("60/0/40"))
     assert none.splits["val"] == 0 and none.n_kept == summary.n_kept
+    held = write(tmp_path / "held", "ludb", [record(n, patient=f"p{n // 2 % 9}", MI=True, split="test")
+                                             for n in range(300, 340)])  # fmt: skip
+    for order in ([Part(many), Part(held, ("test",))], [Part(held, ("test",)), Part(many)]):
+        kept = join(order, out=tmp_path / "kept", shares=shares_of("98/1/1"), overwrite=True)
+        assert kept.n_rejected == 0 and kept.splits["test"] >= 40 + 18, "a named patient's other records go along"
 
 
 def test_labels_are_chosen_and_questions_kept(tmp_path: Path) -> None:
@@ -94,19 +99,74 @@ def test_labels_are_chosen_and_questions_kept(tmp_path: Path) -> None:
     assert summary.reasons == {"none of the wanted labels was assessed": 1} and summary.n_dropped == 1
 
 
+def test_a_signal_in_two_folders_tells_whose_its_owners_others_are(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", "wfdb", [record(1, patient="h1", MI=True)])
+    b = write(tmp_path / "b", "dicom", [record(1, patient="x", MI=True, split="test"),
+                                        record(2, patient="x", MI=False, split="test"),
+                                        record(3, patient="y", MI=False, split="test")])  # fmt: skip
+    join([Part(a), Part(b)], out=tmp_path / "out")
+    found = Prepared.open(tmp_path / "out")
+    assert found.record_ids == ("wfdb/r1", "dicom/r3")
+    assert [row["reason"].partition(":")[0] for row in found.quarantine()] == ["duplicate", "patient in two splits"]
+    drawn = join([Part(a), Part(b)], out=tmp_path / "drawn", shares=shares_of("50/0/50"))
+    assert drawn.n_kept == 3 and Prepared.open(tmp_path / "drawn").patient_ids == ("wfdb:h1", "wfdb:h1", "dicom:y")
+
+
+def test_signals_are_left_out_and_strictness_is_kept(two: tuple[Path, Path], tmp_path: Path) -> None:
+    parts = [Part(two[0]), Part(two[1])]
+    summary = join(parts, out=tmp_path / "out", exclude=[two[0]])
+    assert Prepared.open(tmp_path / "out").record_ids == ("cpsc2018/r4", "cpsc2018/r5") and summary.n_dropped == 4
+    clash = write(tmp_path / "clash", "ptbxl", [record(8, patient="p1", MI=True, split="test")])
+    assert join([Part(two[0]), Part(clash)], out=tmp_path / "loose").n_rejected == 1
+    with pytest.raises(EvlecgError, match="1 of 4 records were rejected"):
+        join([Part(two[0]), Part(clash)], out=tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_records_with_a_report_alone_are_kept(two: tuple[Path, Path], tmp_path: Path) -> None:
+    read = dataclasses.replace(record(9), report="sinus rhythm")
+    told = write(tmp_path / "told", "mimic-iv-ecg", [read, record(10, CD=True)])
+    join([Part(two[0]), Part(told)], out=tmp_path / "out", labels="ptbxl-super")
+    assert "mimic-iv-ecg/r9" in Prepared.open(tmp_path / "out").record_ids
+
+
+def test_only_a_prepared_folder_is_replaced(two: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years")
+    with pytest.raises(EvlecgError, match="not a prepared folder, and is not replaced"):
+        join([Part(two[0]), Part(two[1])], out=tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "years"
+
+
+def test_patients_whom_nothing_tells_are_warned_of(two: tuple[Path, Path], tmp_path: Path) -> None:
+    one = dataclasses.replace(record(6, MI=True), id="HR00006", patient_id="HR00006")
+    told: list[str] = []
+    progress = Progress()
+    progress.warn = told.append  # type: ignore[method-assign]
+    join([Part(two[0]), Part(write(tmp_path / "c", "cinc2021", [one]))], out=tmp_path / "out", progress=progress)
+    assert len(told) == 1 and "1 records of PTB-XL in a challenge's tree say no patient" in told[0]
+
+
 def test_the_same_people_are_recognised_across_datasets() -> None:
     for dataset, own, patient, expected in (
         ("ptbxl", "00001", "15709", "ptbxl:15709"),
         ("ecgqa", "q1", "ptb-xl/patient-15709", "ptbxl:15709"),
         ("cinc2021", "HR00001", "15709", "ptbxl:15709"),
-        ("cinc2021", "HR00001", "HR00001", "cinc2021:HR00001"),
+        ("cinc2021", "HR00001", "HR00001", "ptbxl:record-00001"),
+        ("ecgbench", "b1", "ptb-xl/00001", "ptbxl:record-00001"),
+        ("ecginstruct", "e2", "mimic/4000", "mimic-iv-ecg:record-4000"),
+        ("ecginstruct", "e3", "code15/17", "code15:17"),
+        ("cinc2021", "A0001", "A0001", "cpsc2018:A0001"),
+        ("cpsc2018", "A0001", "A0001", "cpsc2018:A0001"),
+        ("cinc2020", "JS00001", "JS00001", "chapman-ningbo:JS00001"),
         ("cinc2020", "S0001", "patient001", "ptb:patient001"),
         ("ptb", "patient001/s0010_re", "patient001", "ptb:patient001"),
         ("cinc2021", "I0001", "incart001", "incart:incart001"),
         ("ecginstruct", "e1", "mimic/p10000032", "mimic-iv-ecg:10000032"),
         ("mimic-iv-ecg", "m1", "10000032", "mimic-iv-ecg:10000032"),
         ("joint", "ludb/1", "ludb:1", "ludb:1"),
-        ("wfdb", "A1", "A1", "wfdb-2:A1"),
+        ("wfdb", "A1", "A1", "wfdb:A1"),
+        ("synthetic", "s1", "s1", "synthetic-2:s1"),
         ("ludb", "1", "1", "ludb:1"),
     ):
         assert patient_of(f"{dataset}-2", dataset, {"id": own, "patient_id": patient}) == expected
@@ -116,8 +176,11 @@ def test_twice_is_a_no_op_and_joint_folders_join(two: tuple[Path, Path], tmp_pat
     parts = [Part(two[0]), Part(two[1])]
     first = join(parts, out=tmp_path / "out")
     assert join(parts, out=tmp_path / "out").unchanged and not first.unchanged
+    assert join(parts, out=tmp_path / "out", seed=1).unchanged, "nothing is drawn"
     with pytest.raises(EvlecgError, match="joined differ"):
         join(parts[::-1], out=tmp_path / "out")
+    odd = write(tmp_path / "a=b", "ludb", [record(11, MI=True)])
+    assert part_of(str(odd)) == Part(odd) and part_of(f"{odd}=train") == Part(odd, ("train",))
     more = write(tmp_path / "more", "ludb", [record(7, MI=True)])
     join([Part(tmp_path / "out"), Part(more)], out=tmp_path / "again")
     again = Prepared.open(tmp_path / "again")
@@ -133,16 +196,29 @@ def test_twice_is_a_no_op_and_joint_folders_join(two: tuple[Path, Path], tmp_pat
         (["--join", "a", "--join", "b", "--split", "50/50"], "a split is three shares"),
         (["--join", "a", "--join", "b", "--split", "0/50/50"], "a split is three shares"),
         (["--join", "a", "--join", "b", "--labels", "ptbxl-rhythms"], "unknown label set"),
-        (["--join", "a", "--join", "b", "--dataset", "ludb"], "--join takes the place of --dataset"),
-        (["--dataset", "ludb", "--split", "50/10/40"], "--join takes the place of --dataset"),
+        (["--join", "a=", "--join", "b"], "unknown split ''"),
+        (["--join", "=test", "--join", "b"], "no folder is named"),
+        (["--join", "b=val", "--join", "a"], "nothing is taken of this folder"),
+        (["--join", "a=test", "--join", "b=train", "--split", "5/1/4"], "there is no split to draw"),
+        (["--join", "a", "--join", "b", "--split", "50/nan/40"], "a split is three shares"),
+        (["--join", "a", "--join", "b", "--dataset", "ludb"], "--dataset has no place there"),
+        (["--join", "a", "--join", "b", "--fs", "100", "--teacher", "x"], "--fs, --teacher has no place there"),
+        (["--dataset", "ludb", "--split", "50/10/40"], "--dataset has no place there"),
     ],
 )
 def test_bad_input_is_one_error_and_leaves_nothing(
-    two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    two: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["prepare", *arguments, "--out", "out"])
-    assert isinstance(result.exception, EvlecgError) and message in str(result.exception)
+    monkeypatch.setattr("sys.argv", ["evlecg", "prepare", *arguments, "--out", "out"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 

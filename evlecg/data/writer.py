@@ -340,12 +340,13 @@ def provenance(files: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(
+    folder: Path, hint: str = "what is complete stays: once there is room, the same command goes on"
+) -> Iterator[None]:
     """Turns a full disk or a read-only folder into an error that says so."""
     try:
         yield
     except OSError as error:
-        hint = "what is complete stays: once there is room, the same command goes on"
         raise RunFailed(f"the prepared folder cannot be written: {error.strerror}", where=folder, hint=hint) from error
 
 

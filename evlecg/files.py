@@ -94,7 +94,7 @@ def kept_folder(out: Path, overwrite: bool = False, *, keep: Callable[[Path], bo
     made = _make_parents(out, shown)
     partial = partial_folder(out)
     try:
-        with _locked(partial.with_suffix(".lock"), shown):
+        with locked(partial.with_suffix(".lock"), shown):
             if partial.exists() and not keep(partial):
                 shutil.rmtree(partial)
             try:
@@ -122,8 +122,16 @@ def partial_folder(out: Path) -> Path:
 
 
 @contextmanager
-def _locked(lock: Path, shown: Path) -> Iterator[None]:
-    """Holds a lock that the system drops when the process ends, however it ends."""
+def locked(lock: Path, shown: Path) -> Iterator[None]:
+    """Holds a lock that the system drops when the process ends, however it ends.
+
+    Args:
+        lock: file that stands for it.
+        shown: what is locked, for the error.
+
+    Raises:
+        EvlecgError: another process holds it.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: two jobs on one folder are not told apart there

@@ -81,7 +81,7 @@ def test_splits_are_taken_or_drawn_anew(two: tuple[Path, Path], tmp_path: Path) 
     assert other.fingerprint != summary.fingerprint
     none = join(parts, out=tmp_path / "none", shares=shares_of("60/0/40"))
     assert none.splits["val"] == 0 and none.n_kept == summary.n_kept
-    held = write(tmp_path / "held", "ludb", [record(n, patient=f"p{n // 2 % 9}", MI=True, split="test")
+    held = write(tmp_path / "held", "ludb", [record(n, patient=f"p{10 + n // 2 % 9}", MI=True, split="test")
                                              for n in range(300, 340)])  # fmt: skip
     for order in ([Part(many), Part(held, ("test",))], [Part(held, ("test",)), Part(many)]):
         kept = join(order, out=tmp_path / "kept", shares=shares_of("98/1/1"), overwrite=True)

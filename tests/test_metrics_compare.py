@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import combinations
 
@@ -289,7 +290,9 @@ def test_runs_over_seeds_in_the_same_resamples() -> None:
     def value(read) -> float:
         return float(np.mean([read(a) - read(b) for a, b in zip(*values, strict=True)]))
 
-    assert (found.n_runs, found.n, found.n_patients) == (2, 150, left[0].n_patients)
+    assert (found.n_runs, found.macro.n, found.macro.n_patients) == (2, 150, left[0].n_patients)
+    wanted = estimate(AUROC, left[0], label_groups=GROUPS, n_boot=0).label_groups["rhythm"]
+    assert (found.groups["rhythm"].n, found.groups["rhythm"].n_patients) == (wanted.n, wanted.n_patients)
     assert_allclose(found.macro.value, value(lambda one: one.overall["macro"].value), atol=1e-12)
     assert_allclose(found.macro.ci95, np.percentile(apart_RK.mean(axis=1), (2.5, 97.5)), atol=1e-12)
     assert_allclose(found.groups["QRS"].value, value(lambda one: one.label_groups["QRS"].value), atol=1e-12)
@@ -302,5 +305,9 @@ def test_runs_over_seeds_in_the_same_resamples() -> None:
     assert_allclose(taught.macro.value, np.mean([compare_runs(AUROC, left[:1], [b], n_boot=0).macro.value
                                                  for b in right]))  # fmt: skip
     assert json.loads(json.dumps(found.to_dict()))["contrasts"][0]["a"] == "QRS"
+    rare = [dataclasses.replace(one, truth_NK=np.where(np.arange(150)[:, None] == 3, 1.0, 0.0) * np.ones(4))
+            for one in (left[0], right[0])]  # fmt: skip
+    few = compare_runs(AUROC, rare[:1], rare[1:], n_boot=120)
+    assert few.macro.value is not None and few.macro.ci95 is None, "one positive patient says nothing about others"
     with pytest.raises(EvlecgError, match="2 and 1 runs cannot be paired"):
         compare_runs(AUROC, left, right[:1])

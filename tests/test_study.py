@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from evlecg.data.labels import labels_by_basis
-from evlecg.errors import EvlecgError
+from evlecg.errors import EvlecgError, RunFailed
 from evlecg.evaluate import read_scored
 from evlecg.metrics import AUROC, compare_runs
 from evlecg.recipe import load_recipe
@@ -35,6 +35,8 @@ from evlecg.study import (
     write_rows,
     write_told,
 )
+from evlecg.study.run import _run_cell
+from evlecg.training.guards import stop_requests
 from tests import tables
 
 GRID = {"train.lr": [1e-3, 2e-3]}
@@ -85,7 +87,7 @@ def test_the_table_holds_means_paired_tests_and_failures():
     short = study_summary(STUDY, {"cells": tuned() + cells, "chosen": chosen, "teachers": {"p": 0.9}}).splitlines()
     assert short[0] == "| method | p: macro AUC | evl minus this |" and short[2] == "| teacher | 0.900 |  |"
     assert short[3] == "| ce | 0.710 ± 0.010 (3 seeds) | +0.100 (+0.075 to +0.125) |"
-    assert short[4:] == ["| evl | 0.810 ± 0.017 (3 seeds) |  |", "| uld | not run |  |"]
+    assert short[4:] == ["| evl | 0.810 ± 0.017 (3 seeds) |  |", "| uld | failed |  |"]
     grown = dataclasses.replace(STUDY, methods={**STUDY.methods, "kl": Method()})
     assert "| kl | not run | | 0 | | |  |  |" in study_table(
         grown, {"cells": tuned() + cells, "chosen": chosen, "teachers": {}}
@@ -105,7 +107,7 @@ def test_a_row_is_a_recipe_and_a_line_of_the_figure(tmp_path):
     )
     assert "lr: 0.002" in text, "what the study set is stated, also where it is the default"
     assert study_figure(STUDY, told, tmp_path).stat().st_size > 5000
-    panel = json.loads((tmp_path / "seeds.json").read_text())["p, all records"]
+    panel = json.loads((tmp_path / "seeds.json").read_text())["p, all training records"]
     assert panel == {"scores": {"ce": [0.7, 0.7], "evl": [0.8, 0.8]}, "teacher": 0.9}
 
 
@@ -121,10 +123,17 @@ def write_predictions(folder, shift, seed):
     return read_scored(folder)
 
 
+def begin(folder, study):
+    (folder / "cells").mkdir(exist_ok=True)
+    (folder / "study.json").write_text(json.dumps(dataclasses.asdict(study)))
+
+
 def test_the_leaders_gain_over_test_patients_by_what_labels_hang_on(tmp_path):
+    with pytest.raises(EvlecgError, match="no study has begun in this folder"):
+        tell(STUDY, tmp_path / "elsewhere")
+    begin(tmp_path, STUDY)
     assert tell(STUDY, tmp_path)["left"] == 13, "a folder without a cell"
     for one, told in zip(tune_cells(STUDY), tuned(), strict=True):
-        (tmp_path / "cells").mkdir(exist_ok=True)
         (tmp_path / "cells" / f"{one.key}.json").write_text(json.dumps(told))
     scored = {}
     labels = {"CD": 0.7, "STTC": 0.6, "HYP": 0.5}
@@ -149,14 +158,26 @@ def test_the_leaders_gain_over_test_patients_by_what_labels_hang_on(tmp_path):
     expected = compare_runs(AUROC, *sides, label_groups=labels_by_basis(("CD", "STTC", "HYP"))).to_dict()
     assert {key: over["ce"][key] for key in expected} == json.loads(json.dumps(expected))
     assert over["ce"]["groups"]["QRS shape"]["value"] > 0 and over["teacher"]["macro"]["value"] < 0
-    assert taught.n_patients == over["teacher"]["n_patients"] == 30
+    assert taught.n_patients == over["teacher"]["macro"]["n_patients"] == 30
     lines = study_table(STUDY, told).splitlines()
     row = next(line for line in lines if line.startswith("| ce | 0.700 | 0.600 | 0.500 |")).split(" | ")
     gain = over["ce"]["groups"]["ST/T"]
     assert row[6] == f"{gain['value']:+.3f} ({gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f})" and row[-1] == "3 |"
-    assert any(line.startswith("60 test records of 30 patients") for line in lines)
+    assert any("60 test records of 30 patients (assessed: 60 in QRS shape, 60 in ST/T" in line for line in lines)
+    short = {**told, "over_records": [{**row, "seeds": [1, 2]} for row in told["over_records"]]}
+    assert "60 test records" not in study_table(STUDY, short), "means of other seeds stand beside it"
     assert any(line.startswith("| evl | 0.700 | 0.600 | 0.500 |  |") for line in lines)
     assert json.loads(json.dumps(write_told(STUDY, tmp_path))) == json.loads((tmp_path / "results.json").read_text())
+    grown = dataclasses.replace(STUDY, methods={**STUDY.methods, "kl": Method({"method": "kl"}, GRID)})
+    later = tell(grown, tmp_path)
+    assert later["left"] == 1 + 2 + 3 and len(later["chosen"]) == 3, "rows that are tuned are told while one is not"
+    assert [row["seeds"] for row in later["over_records"]] == [row["seeds"] for row in told["over_records"]]
+    with pytest.raises(EvlecgError, match=r"before pairs\.p changed"):
+        tell(dataclasses.replace(STUDY, pairs={"p": {"train.epochs": 99}}), tmp_path)
+    few = {**told["teacher_labels"]["p"]}
+    few.pop("CD")
+    rows = study_table(STUDY, {**told, "teacher_labels": {"p": few}}).splitlines()
+    assert any(line.startswith("| teacher |  | 0.900 | 0.900 |") for line in rows), "groups are the leader's"
 
 
 @pytest.mark.parametrize(
@@ -258,8 +279,15 @@ def test_a_whole_study_goes_on_where_it_stopped(checkpoints, synthetic, tmp_path
     assert made == {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}, "nothing ran again"
     moved = next((out / "cells").glob("final-tiny-ce-*.json"))
     moved.unlink()
-    recipe = moved.with_suffix("") / "run" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(str(synthetic), "/elsewhere"))
+    run = moved.with_suffix("") / "run"
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(synthetic), "/elsewhere"))
+    away = synthetic.rename(synthetic.with_name("away"))
+    cell = next(one for one in final_cells(study, told["chosen"]) if one.method == "ce")
+    with pytest.raises(RunFailed, match="can neither go on nor begin anew"), stop_requests() as request:
+        _run_cell(study, cell, out, str(synthetic), 1, request)
+    away.rename(synthetic)
+    assert not moved.exists() and "/elsewhere" in (run / "recipe.yaml").read_text(), "nothing was lost"
     again = run_study(study, out=out)
     found = next(found for found in again["cells"] if found["method"] == "ce")
     assert found["error"] is None and found["auc"] == by_name["ce"]["auc"], "what cannot be gone on with begins anew"

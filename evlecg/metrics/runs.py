@@ -17,7 +17,7 @@ import numpy as np
 
 from evlecg.errors import EvlecgError
 from evlecg.metrics.compare import shared_means
-from evlecg.metrics.estimates import Metric, plain
+from evlecg.metrics.estimates import Metric, Support, plain
 from evlecg.metrics.resampling import N_BOOT, Values, observed, percentile_interval, resampled
 from evlecg.metrics.scored import Scored, same_records
 
@@ -28,12 +28,15 @@ class Gain:
 
     Attributes:
         value: None where no label has a value on both sides.
-        ci95: percentile interval over resampled patients, all seeds in the same resamples; None without a value, or
-            without resamples.
+        ci95: percentile interval over resampled patients, all seeds in the same resamples, for these trained models;
+            None without a value, without resamples, or where too few patients are behind every label.
+        n, n_patients: assessed records, and their patients.
     """
 
     value: float | None
     ci95: tuple[float, float] | None
+    n: int
+    n_patients: int
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,12 @@ class RunsComparison:
 
     Attributes:
         n_runs: pairs of runs that are averaged.
-        n, n_patients: records and their patients.
         macro: over all labels.
         groups: label group -> the same over its labels.
         contrasts: of every two groups, the first's gain minus the second's: is the difference larger there?
     """
 
     n_runs: int
-    n: int
-    n_patients: int
     macro: Gain
     groups: Mapping[str, Gain]
     contrasts: Mapping[tuple[str, str], Gain]
@@ -92,39 +92,37 @@ def compare_runs(
     bound = {str(key): metric.bind(scored) for key, scored in once.items()}
     seen = {key: observed(statistic, first.n_patients) for key, statistic in bound.items()}
     drawn = {}
-    if n_boot:
+    if n_boot and first.n_patients:
         drawn = resampled(bound, first.n_patients, first.most_records_of_a_patient, n_boot=n_boot, seed=seed)
+    firm_K = Support(first, metric).firm_K
 
     def means_R(values: Mapping[str, Values], columns: list[int]) -> np.ndarray:
         """Mean difference over the runs in every resample; [0] where there is none."""
-        if not values:
+        if not values or not columns:
             return np.empty(0)
         per_run = [shared_means(*(values[str(id(one))].label_RK[:, columns] for one in both))
                    for both in zip(a, b, strict=True)]  # fmt: skip
         return np.mean([left_R - right_R for left_R, right_R in per_run], axis=0)
 
-    def gain_of(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        columns = [first.labels.index(label) for label in labels if label in first.labels]
-        return means_R(seen, columns), means_R(drawn, columns)
+    def gain(columns: list[int], seen_1: np.ndarray, drawn_R: np.ndarray) -> Gain:
+        value = float(seen_1[0]) if len(seen_1) and not np.isnan(seen_1[0]) else None
+        interval = percentile_interval(drawn_R) if value is not None and firm_K[columns].any() else None
+        rows_N = first.rows_with(columns)
+        return Gain(value, interval, int(rows_N.sum()), first.n_patients_among(rows_N))
 
-    groups = {
-        name: gain_of(labels)
-        for name, labels in (label_groups or {}).items()
-        if any(label in first.labels for label in labels)
-    }
+    columns = {name: [first.labels.index(label) for label in labels if label in first.labels]
+               for name, labels in (label_groups or {}).items()}  # fmt: skip
+    parts = {name: (means_R(seen, places), means_R(drawn, places)) for name, places in columns.items() if places}
+    every = list(range(len(first.labels)))
     return RunsComparison(
         n_runs=len(a),
-        n=len(first.value_NK),
-        n_patients=first.n_patients,
-        macro=_gain(*gain_of(first.labels)),
-        groups={name: _gain(*found) for name, found in groups.items()},
+        macro=gain(every, means_R(seen, every), means_R(drawn, every)),
+        groups={name: gain(columns[name], *found) for name, found in parts.items()},
         contrasts={
-            (one, other): _gain(*(left - right for left, right in zip(groups[one], groups[other], strict=True)))
-            for one, other in combinations(groups, 2)
+            (one, other): gain(
+                sorted({*columns[one], *columns[other]}),
+                *(left - right for left, right in zip(parts[one], parts[other], strict=True)),
+            )
+            for one, other in combinations(parts, 2)
         },
     )
-
-
-def _gain(seen: np.ndarray, drawn_R: np.ndarray) -> Gain:
-    value = float(seen[0])
-    return Gain(None, None) if np.isnan(value) else Gain(value, percentile_interval(drawn_R))

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from evlecg.errors import RunFailed, Stopped
-from evlecg.files import write_text_atomic
+from evlecg.files import locked, write_text_atomic
 from evlecg.pipeline import training_data
 from evlecg.progress import Progress
 from evlecg.recipe import load_recipe
-from evlecg.study.plan import Cell, Study, check_grown, choose, final_cells, tune_cells
-from evlecg.study.tell import aucs, result_of, write_told
+from evlecg.study.plan import Cell, Study, choose, final_cells, tune_cells
+from evlecg.study.tell import aucs, check_stated, result_of, write_told
 from evlecg.training.guards import StopRequest, stop_requests
 
 TOLD_ERROR_CHARS = 2000
@@ -43,17 +43,20 @@ def run_study(study: Study, *, out: Path, workers: int = 1, threads: int = 1, pr
         The content of results.json.
 
     Raises:
-        EvlecgError: the folder holds another study, or what is in both was changed.
+        EvlecgError: the folder holds another study, or what is in both was changed, or another process is at it.
         Stopped: by SIGTERM or SIGINT, which the runs were told, too.
         RunFailed: runs were killed from outside.
     """
     progress = progress or Progress()
     out.mkdir(parents=True, exist_ok=True)
-    stated_now = json.loads(json.dumps(dataclasses.asdict(study)))
+    with locked(out / ".lock", out):
+        return _run_study(study, out, workers, threads, progress)
+
+
+def _run_study(study: Study, out: Path, workers: int, threads: int, progress: Progress) -> dict[str, Any]:
     stated = out / "study.json"
-    if stated.exists():
-        check_grown(json.loads(stated.read_text()), stated_now, where=out)
-    write_text_atomic(stated, json.dumps(stated_now, indent=2) + "\n")
+    check_stated(study, out, begun=stated.exists())
+    write_text_atomic(stated, json.dumps(dataclasses.asdict(study), indent=2) + "\n")
     data = {pair: str(training_data(load_recipe(study.recipe, dict(keys)), progress).resolve())
             for pair, keys in study.pairs.items()}  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
@@ -100,7 +103,7 @@ def _run(
                     continue
                 results[cell.key] = result
                 if result["auc"] is None:
-                    progress.warn(f"{cell.key} failed: {(result['error'].strip().splitlines() or ['?'])[-1]}")
+                    progress.warn(f"{cell.key} failed: {_last_line(result['error'])}")
                 advance(1, last=f"{cell.method} {result['auc'] or float('nan'):.3f}")
         left = [cell for cell in cells if cell.key not in results]
         if request.number is not None:
@@ -137,8 +140,17 @@ def _run_cell(
                "--out", str(run), "--json", *(["--resume"] if run.is_dir() else [])]  # fmt: skip
     code, error = _watched(command, threads, request)
     if code == REFUSED and "--resume" in command:  # begun by another version, or beside other files: from the start
-        shutil.rmtree(run)
+        aside = folder / "refused"
+        shutil.rmtree(aside, ignore_errors=True)
+        run.rename(aside)
+        told = error
         code, error = _watched([word for word in command if word != "--resume"], threads, request)
+        if code == REFUSED:  # neither: what it had is worth more than a failure that may pass
+            shutil.rmtree(run, ignore_errors=True)
+            aside.rename(run)
+            raise RunFailed(f"a run can neither go on nor begin anew: {_last_line(error)}", where=run,
+                            hint=f"going on: {_last_line(told)}")  # fmt: skip
+        shutil.rmtree(aside, ignore_errors=True)
     if code in STOPPED or code < 0:  # it saved; or it was killed, by hand or for memory
         return None
     result: dict[str, Any] = {**dataclasses.asdict(cell), "recipe_fingerprint": recipe.fingerprint(), "auc": None,
@@ -171,6 +183,10 @@ def _watched(command: Sequence[str], threads: int, request: StopRequest) -> tupl
                 if request.asked() and not asked:
                     asked = True
                     running.terminate()
+
+
+def _last_line(error: str) -> str:
+    return (error.strip().splitlines() or ["?"])[-1]
 
 
 def _score_teacher(study: Study, pair: str, out: Path, data: str, threads: int) -> None:

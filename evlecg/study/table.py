@@ -28,7 +28,7 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
     tests = _tests(study, cells)
     for pair, size in itertools.product(study.pairs, study.sizes):
         here = _of(cells, pair, size)
-        lines += [f"## {pair}, {size if size is not None else 'all'} training records", ""]
+        lines += [f"## {pair}, {_records(size)}", ""]
         heads = ("method", "macro AUC, mean ± sd over seeds", "accuracy", "seeds",
                  f"minus {study.reference}: mean, p, p (Holm)",
                  f"{study.leader} minus this: mean (95% interval), p, p (Holm)", "validation AUC", "tried")  # fmt: skip
@@ -40,8 +40,9 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
             row = _chosen(told, pair, size, name)
             scores = _by_seed(here, name)
             if not scores:
-                why = "failed" if any(cell["method"] == name for cell in here) else "not run"
-                lines.append(f"| {name} | {why} | | 0 | | | {_digits(row)} | {row['tried'] if row else ''} |")
+                lines.append(
+                    f"| {name} | {_missing(here, name)} | | 0 | | | {_digits(row)} | {row['tried'] if row else ''} |"
+                )
                 continue
             behind = _test(tests.get((study.leader, pair, size, name)))
             if name == study.leader:
@@ -73,44 +74,64 @@ def study_summary(study: Study, told: Mapping[str, Any]) -> str:
     tests = _tests(study, cells)
     places = list(itertools.product(study.pairs, study.sizes))
     heads = ["method", *itertools.chain.from_iterable(
-        (f"{pair}{'' if len(study.sizes) == 1 else f', {size} records'}: macro AUC", f"{study.leader} minus this")
+        (f"{pair}{'' if len(study.sizes) == 1 else f', {_records(size)}'}: macro AUC", f"{study.leader} minus this")
         for pair, size in places
     )]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    rows = {TEACHER: [text for pair, _ in places for text in (_number(told["teachers"].get(pair)), "")]}
+    rows: dict[str, list[str]] = {}
+    teachers = [told["teachers"].get(pair) for pair, _ in places]
+    if any(value is not None for value in teachers):
+        rows[TEACHER] = [text for value in teachers for text in ("" if value is None else f"{value:.3f}", "")]
     for name in study.methods:
         rows[name] = []
         for pair, size in places:
-            scores = list(_by_seed(_of(cells, pair, size), name).values())
-            seeds = f" ({len(scores)} seeds)" if scores else ""
-            rows[name] += [f"{_summary(over_seeds(scores))}{seeds}" if scores else "not run",
-                           _test(tests.get((study.leader, pair, size, name)), p_too=False)]  # fmt: skip
+            here = _of(cells, pair, size)
+            scores = list(_by_seed(here, name).values())
+            summary = f"{_summary(over_seeds(scores))} ({len(scores)} seeds)" if scores else _missing(here, name)
+            rows[name] += [summary, _test(tests.get((study.leader, pair, size, name)), p_too=False)]
     return "\n".join([*lines, *("| " + " | ".join([name, *texts]) + " |" for name, texts in rows.items()), ""])
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _records(size: int | None) -> str:
+    return f"{size if size is not None else 'all'} training records"
+
+
+def _missing(cells: Sequence[Mapping[str, Any]], method: str) -> str:
+    """Why a row has no number."""
+    return "failed" if any(cell["method"] == method for cell in cells) else "not run"
 
 
 def _by_basis(study: Study, told: Mapping[str, Any], pair: str, size: int | None) -> list[str]:
-    """The table by what labels hang on, with intervals over test patients; nothing without them."""
-    over = {row["method"]: row for row in told.get("over_records", ()) if (row["pair"], row["size"]) == (pair, size)}
+    """The table by what labels hang on, with intervals over test patients; nothing without them.
+
+    A gain stands where it is of all the seeds that both sides have, as the means beside it are.
+    """
+    here = _of(_final(told), pair, size)
+    leading = _by_seed(here, study.leader)
+    over = {}
+    for row in told.get("over_records", ()):
+        if (row["pair"], row["size"]) == (pair, size):
+            theirs = leading if row["method"] == TEACHER else _by_seed(here, row["method"])
+            if set(row["seeds"]) == set(leading) & set(theirs):
+                over[row["method"]] = row
     if not over:
         return []
-    here = _of(_final(told), pair, size)
     aucs = {name: _label_means(here, name) for name in study.methods}
     if pair in told.get("teacher_labels", {}):
         aucs = {TEACHER: told["teacher_labels"][pair], **aucs}
-    groups = labels_by_basis(next(labels for labels in aucs.values() if labels))
-    contrasts = next(iter(over.values()))["contrasts"]
+    groups = labels_by_basis(aucs[study.leader])
     first = next(iter(over.values()))
     minus = f"{study.leader} minus this"
     heads = ["method", *(f"{name} ({', '.join(labels)})" for name, labels in groups.items()), f"{minus}: macro",
              *(f"{minus}: {name}" for name in groups),
-             *(f"{one['a']} minus {one['b']}" for one in contrasts), "seeds"]  # fmt: skip
-    lines = [f"{first['n']} test records of {first['n_patients']} patients, by what labels hang on; intervals (95%) "
-             "over resampled patients, seeds averaged:", "",
-             "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]  # fmt: skip
+             *(f"{one['a']} minus {one['b']}" for one in first["contrasts"]), "seeds"]  # fmt: skip
+    behind = ", ".join(f"{gain['n']} in {name}" for name, gain in first["groups"].items())
+    lines = [
+        f"By what labels hang on: {first['macro']['n']} test records of {first['macro']['n_patients']} patients "
+        f"(assessed: {behind}). Intervals (95%) over resampled patients, seeds averaged, for these trained students: "
+        "what another seed would give is in the table above. Not corrected for their number.", "",
+        "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads),
+    ]  # fmt: skip
     for name, labels in aucs.items():
         if not labels:
             continue
@@ -152,7 +173,7 @@ def study_figure(study: Study, told: Mapping[str, Any], folder: Path) -> Path | 
         scores = {name: list(_by_seed(_of(_final(told), pair, size), name).values()) for name in study.methods}
         scores = {name: values for name, values in scores.items() if values}
         if scores:
-            panels[f"{pair}, {size if size is not None else 'all'} records"] = (scores, told["teachers"].get(pair))
+            panels[f"{pair}, {_records(size)}"] = (scores, told["teachers"].get(pair))
     return seeds_figure(folder, panels, reference=study.reference, leader=study.leader) if panels else None
 
 
@@ -168,7 +189,7 @@ def write_rows(study: Study, told: Mapping[str, Any], folder: Path) -> list[Path
         came = f"{_summary(over_seeds(scores))} over {len(scores)} seeds" if scores else "not run"
         place = folder / pair / (str(size) if len(study.sizes) > 1 else "") / f"{name}.yaml"
         text = (
-            f"# The row {name} of the study {study.name}: {pair}, {size if size is not None else 'all'} records.\n"
+            f"# The row {name} of the study {study.name}: {pair}, {_records(size)}.\n"
             f"# Command:  evlecg distill --recipe FILE --set seed=N\n"
             f"# Chosen of {row['tried']} configurations by macro AUC on validation: {_digits(row)}; on test: {came}.\n"
             + yaml.safe_dump(_stated(recipe.to_dict(), plain, keys), sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -13,24 +14,44 @@ from evlecg.errors import EvlecgError
 from evlecg.evaluate import PREDICTIONS, read_scored
 from evlecg.files import write_text_atomic
 from evlecg.metrics import AUROC, Scored, compare_runs
-from evlecg.study.plan import Cell, Study, choose, final_cells, tune_cells
+from evlecg.study.plan import Cell, Study, check_grown, choose, final_cells, tune_cells
 from evlecg.study.table import TEACHER, study_figure, study_table, write_rows
 
 
+def check_stated(study: Study, out: Path, *, begun: bool = True) -> None:
+    """Whether a folder is this study's, or that of what it was before it grew.
+
+    Raises:
+        EvlecgError: it is not, or (where it should have) has not begun.
+    """
+    if not begun:
+        return
+    try:
+        before = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvlecgError("no study has begun in this folder", where=out,
+                          hint="the --out that it was run with; without --dry-run it begins") from error  # fmt: skip
+    check_grown(before, json.loads(json.dumps(dataclasses.asdict(study))), where=out)
+
+
 def tell(study: Study, out: Path) -> dict[str, Any]:
-    """The content of results.json, from the cells that are done; a final stage is told once all is tuned.
+    """The content of results.json, from the cells that are done; a row's final stage is told once the row is tuned.
 
     Returns:
         `study`; `chosen`, a row for each pair, size and method; `teachers` and `teacher_labels`, their AUCs on the test
         split; `cells`, every run; `left`, how many are to be done; `over_records`, the leader minus every other with
         intervals over test patients.
+
+    Raises:
+        EvlecgError: the folder is not this study's.
     """
+    check_stated(study, out)
     tuned = tune_cells(study)
-    found = {cell.key: result_of(out, cell) for cell in tuned}
-    tuning = [result for result in found.values() if result is not None]
-    chosen = choose(study, tuning) if len(tuning) == len(tuned) else []
-    finals = final_cells(study, chosen)
-    done = [(cell, result) for cell in finals if (result := result_of(out, cell)) is not None]
+    found = [(cell, result_of(out, cell)) for cell in tuned]
+    tuning = [result for _, result in found if result is not None]
+    open_rows = {(cell.pair, cell.size, cell.method) for cell, result in found if result is None}
+    chosen = [row for row in choose(study, tuning) if (row["pair"], row["size"], row["method"]) not in open_rows]
+    done = [(cell, result) for cell in final_cells(study, chosen) if (result := result_of(out, cell)) is not None]
     n_final = len(study.pairs) * len(study.sizes) * len(study.methods) * len(study.seeds)
     teachers = {pair: _teacher(out, pair) for pair in study.pairs}
     return {
@@ -40,7 +61,7 @@ def tell(study: Study, out: Path) -> dict[str, Any]:
         "teacher_labels": {pair: found[1] for pair, found in teachers.items() if found},
         "cells": [*tuning, *(result for _, result in done)],
         "left": len(tuned) - len(tuning) + n_final - len(done),
-        "over_records": _over_records(study, [cell for cell, _ in done], out),
+        "over_records": _over_records(study, [cell for cell, result in done if result["auc"] is not None], out),
     }
 
 
@@ -82,16 +103,15 @@ def _over_records(study: Study, finals: Sequence[Cell], out: Path) -> list[dict[
     for pair, size in itertools.product(study.pairs, study.sizes):
         ours = scored.get((pair, size, study.leader), {})
         others = {name: scored.get((pair, size, name), {}) for name in study.methods if name != study.leader}
-        if (out / "teachers" / pair / PREDICTIONS).exists():
-            others[TEACHER] = dict.fromkeys(ours, read_scored(out / "teachers" / pair))
+        taught = out / "teachers" / pair
+        if ours and (taught / PREDICTIONS).exists():
+            labels = next(iter(ours.values())).labels
+            if set(labels) <= set(read_scored(taught).labels):  # its head may know fewer
+                others[TEACHER] = dict.fromkeys(ours, read_scored(taught, labels))
         for name, theirs in others.items():
             seeds = sorted(set(ours) & set(theirs))
-            if not seeds:
-                continue
-            sides = [[runs[seed] for seed in seeds] for runs in (ours, theirs)]
-            try:
+            if seeds:
+                sides = [[runs[seed] for seed in seeds] for runs in (ours, theirs)]
                 found = compare_runs(AUROC, *sides, label_groups=labels_by_basis(sides[0][0].labels))
-            except EvlecgError:  # a teacher whose head knows some of the labels only
-                continue
-            told.append({"pair": pair, "size": size, "method": name, "seeds": seeds, **found.to_dict()})
+                told.append({"pair": pair, "size": size, "method": name, "seeds": seeds, **found.to_dict()})
     return told

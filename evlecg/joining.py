@@ -212,6 +212,9 @@ def _sources(parts: Sequence[Part]) -> list[_Source]:
     return sources
 
 
+UNKNOWN = "ptbxl:record-"  # begins what stands for a patient whom nothing tells
+
+
 class _People:
     """Who is whose record, and in which split: one patient for all that share a number or a signal.
 
@@ -223,20 +226,22 @@ class _People:
         self._shares, self._seed = shares, seed
         self._same: dict[str, str] = {}
         self._split: dict[str, str] = {}
-        self.n_unknown = 0
         first: dict[str, str] = {}
+        patients: list[str] = []
         named: list[tuple[str, str]] = []
         for one in sources:
             for place in one.places:
                 row = one.prepared.row(place)
                 patient = patient_of(one.name, one.dataset, row)
-                self.n_unknown += patient.startswith("ptbxl:record-")
+                patients.append(patient)
                 owner = first.setdefault(row["sha256"], patient)
                 self._same[self._root(patient)] = self._root(owner)
                 if one.splits:
                     named.append((patient, row["split"]))
         for patient, split in named:
             self._split.setdefault(self._root(patient), split)
+        known = {self._root(patient) for patient in patients if not patient.startswith(UNKNOWN)}
+        self.n_unknown = sum(self._root(patient) not in known for patient in patients)
 
     def _root(self, patient: str) -> str:
         while (found := self._same.get(patient, patient)) != patient:

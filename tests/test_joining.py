@@ -144,6 +144,8 @@ def test_patients_whom_nothing_tells_are_warned_of(two: tuple[Path, Path], tmp_p
     progress = Progress()
     progress.warn = told.append  # type: ignore[method-assign]
     join([Part(two[0]), Part(write(tmp_path / "c", "cinc2021", [one]))], out=tmp_path / "out", progress=progress)
+    same = dataclasses.replace(record(1, MI=True), id="HR00001", patient_id="HR00001")
+    join([Part(write(tmp_path / "d", "cinc2021", [same])), Part(two[0])], out=tmp_path / "tied", progress=progress)
     assert len(told) == 1 and "1 records of PTB-XL in a challenge's tree say no patient" in told[0]
 
 

@@ -213,7 +213,7 @@ def test_the_tables_in_the_pages_are_those_of_the_results():
         text = page.read_text(encoding="utf-8")
         assert tables.spliced(text) == text, f"{page.name}: python -m tests.tables"
         found += [match["name"] for match in tables.PLACE.finditer(text)]
-    assert {"methods", "methods-summary", "ablation", "alignment"} <= set(found)
+    assert {"methods", "methods-summary", "methods-signal", "hearts", "ablation", "alignment"} <= set(found)
 
 
 def test_a_study_may_grow_and_may_not_change(tmp_path):

@@ -186,7 +186,7 @@ def seeds_figure(
     plt = _pyplot()
     longest = max(len(scores) for scores, _ in panels.values())
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 1.2 + 0.32 * longest), squeeze=False,
-                                layout="constrained")  # fmt: skip
+                                sharex=True, layout="constrained")  # fmt: skip
     for axis, (title, (scores, teacher)) in zip(axes[0], panels.items(), strict=True):
         order = sorted(scores, key=lambda name: float(np.mean(scores[name])))
         for place, name in enumerate(order):
@@ -194,13 +194,14 @@ def seeds_figure(
             axis.plot(scores[name], [place] * len(scores[name]), "o", ms=4, alpha=0.5, color=colour)
             axis.plot([float(np.mean(scores[name]))], [place], "|", ms=14, mew=2, color=colour)
         axis.set_yticks(range(len(order)), order, fontsize=8)
+        axis.set_ylim(-0.5, len(order) - 0.5)
         if reference in scores:
             axis.axvline(float(np.mean(scores[reference])), color=BEFORE, lw=1, ls="--", label=reference)
         if teacher is not None:
             axis.axvline(teacher, color=TEACHER, lw=1, label="teacher")
         axis.set_title(title)
         axis.set_xlabel("macro AUC on test records")
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="upper left")  # the best rows are at the top, far to the right
     data = {title: {"scores": {k: list(v) for k, v in scores.items()}, "teacher": teacher}
             for title, (scores, teacher) in panels.items()}  # fmt: skip
     write_text_atomic(folder / "seeds.json", json.dumps(data, indent=1) + "\n")

@@ -143,7 +143,7 @@ def prepare(
 
     With --teacher, run a teacher once on a prepared folder and keep what the losses read of it. With --join, put
     prepared folders together; a DIR=SPLITS gives these splits only, as they are. An interrupted command goes on where
-    it stopped when it is repeated; a finished one does nothing.
+    it stopped when it is repeated (--join begins anew); a finished one does nothing.
     """
     if list_ or list_labels:
         return _print_catalogue(list_labels, as_json)

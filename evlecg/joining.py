@@ -32,14 +32,9 @@ from evlecg.progress import Progress
 from evlecg.schema import SPLITS
 
 NAME = "joint"  # of what comes out, as a dataset
-DIALOGUES = {
-    "ecgqa",
-    "ecgqa-template",
-    "ecginstruct",
-    "ecg-grounding",
-    "ecg-r1",
-    "ecgbench",
-}  # about others' recordings
+UNKNOWN = "ptbxl:record-"  # begins what stands for a patient whom nothing tells
+# About the recordings of other datasets.
+DIALOGUES = {"ecgqa", "ecgqa-template", "ecginstruct", "ecg-grounding", "ecg-r1", "ecgbench"}
 HOMES = {  # cohort of a challenge, or root of a dialogue's recordings -> the dataset that numbers the same patients
     "A": "cpsc2018", "Q": "cpsc2018-extra", "E": "georgia", "C": "chapman-ningbo", "N": "chapman-ningbo", "P": "ptbxl",
     "S": "ptb", "I": "incart", "ptb-xl": "ptbxl", "mimic": "mimic-iv-ecg",
@@ -134,10 +129,8 @@ def join(
     sources = _sources(parts)
     wanted = resolve_labels(labels) if labels else None
     told = {code: text for one in reversed(sources) for code, text in one.prepared.label_descriptions.items()}
-    ordered = (
-        wanted if wanted is not None else dict.fromkeys(code for one in sources for code in one.prepared.label_names)
-    )
-    descriptions = {code: told[code] for code in ordered if code in told}
+    every = dict.fromkeys(code for one in sources for code in one.prepared.label_names)
+    descriptions = {code: told[code] for code in (every if wanted is None else wanted) if code in told}
     options = {
         "labels": labels,
         "seed": seed if shares else None,
@@ -210,9 +203,6 @@ def _sources(parts: Sequence[Part]) -> list[_Source]:
         name = dataset if seen[dataset] == 1 else f"{dataset}-{seen[dataset]}"
         sources.append(_Source(name, prepared, part.splits, tuple(places)))
     return sources
-
-
-UNKNOWN = "ptbxl:record-"  # begins what stands for a patient whom nothing tells
 
 
 class _People:

@@ -15,6 +15,7 @@ from evlecg.data.store import Prepared
 from evlecg.data.writer import write_prepared
 from evlecg.errors import EvlecgError
 from evlecg.joining import Part, join, part_of, patient_of, shares_of
+from evlecg.prepare import prepare
 from evlecg.progress import Progress
 from evlecg.schema import Question, Record
 from tests.test_readers import STEPS
@@ -222,6 +223,26 @@ def test_bad_input_is_one_error_and_leaves_nothing(
         main()
     assert left.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_recorded_copies_and_their_patients_stay_together(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("ptbxl", "cinc2021"):
+        prepare(name, source=shared_data / name, out=tmp_path / name, labels="ptbxl-super")
+    parts = [Part(tmp_path / "cinc2021"), Part(tmp_path / "ptbxl")]
+    summary = join(parts, out=tmp_path / "out", shares=shares_of("50/0/50"))
+    found, ptbxl = Prepared.open(tmp_path / "out"), Prepared.open(tmp_path / "ptbxl")
+    copies = {record.removeprefix("cinc2021/HR") for record in found.record_ids if "HR" in record} & set(
+        ptbxl.record_ids
+    )
+    assert copies, "HRnnnnn is PTB-XL's record nnnnn, bit for bit"
+    dropped = {row["id"]: row["reason"] for row in found.quarantine()}
+    for number in copies:
+        assert dropped[f"ptbxl/{number}"] == f"duplicate: the same signal as cinc2021/HR{number}"
+    assert summary.n_rejected == 0, "no patient in two splits"
+    recorded = found.record_ids.index("ptbxl/" + next(one for one in ptbxl.record_ids if one not in copies))
+    _, number = found.record_ids[recorded].split("/")
+    np.testing.assert_array_equal(found.record(recorded).signal_mV,
+                                  ptbxl.record(ptbxl.record_ids.index(number)).signal_mV)  # fmt: skip
 
 
 def test_the_command_tells_what_it_made(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def run_study(study: Study, *, out: Path, workers: int = 1, threads: int = 1, pr
 
 def _run_study(study: Study, out: Path, workers: int, threads: int, progress: Progress) -> dict[str, Any]:
     stated = out / "study.json"
-    check_stated(study, out, begun=stated.exists())
+    if stated.exists():
+        check_stated(study, out)
     write_text_atomic(stated, json.dumps(dataclasses.asdict(study), indent=2) + "\n")
     data = {pair: str(training_data(load_recipe(study.recipe, dict(keys)), progress).resolve())
             for pair, keys in study.pairs.items()}  # fmt: skip

@@ -18,14 +18,12 @@ from evlecg.study.plan import Cell, Study, check_grown, choose, final_cells, tun
 from evlecg.study.table import TEACHER, study_figure, study_table, write_rows
 
 
-def check_stated(study: Study, out: Path, *, begun: bool = True) -> None:
+def check_stated(study: Study, out: Path) -> None:
     """Whether a folder is this study's, or that of what it was before it grew.
 
     Raises:
-        EvlecgError: it is not, or (where it should have) has not begun.
+        EvlecgError: it is not, or none has begun there.
     """
-    if not begun:
-        return
     try:
         before = json.loads((out / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -70,6 +70,20 @@ def test_only_what_has_a_choice_is_tuned_and_the_best_mean_wins():
     assert len({c.key for c in finals}) == 9
 
 
+def test_a_row_may_take_what_another_was_tuned_to(tmp_path):
+    study = dataclasses.replace(STUDY, methods={**STUDY.methods, "kl": Method({"method": "kl"}, as_tuned="ce")})
+    assert tune_cells(study) == tune_cells(STUDY)
+    row = choose(study, tuned())[-1]
+    assert row == {"pair": "p", "size": None, "method": "kl", "configuration": {"train.lr": 1e-3},
+                   "validation_auc": None, "tried": 0}  # fmt: skip
+    written = write_rows(study, {"cells": tuned(), "chosen": [row], "teachers": {}}, tmp_path)
+    assert "# Configuration as chosen for ce; on test: not run." in written[0].read_text()
+    before = dataclasses.asdict(STUDY)
+    for method in before["methods"].values():
+        del method["as_tuned"]  # as a folder of an older version says it
+    check_grown(before, dataclasses.asdict(study), where=tmp_path)
+
+
 def test_the_table_holds_means_paired_tests_and_failures():
     chosen = choose(STUDY, tuned())
     scores = {"ce": (0.70, 0.72, 0.71), "evl": (0.80, 0.83, 0.80), "uld": (None, None, None)}
@@ -189,6 +203,8 @@ def test_the_leaders_gain_over_test_patients_by_what_labels_hang_on(tmp_path):
         ({"sedes": [1]}, "did you mean 'seeds'"),
         ({"methods": {"ce": {"set": {"metod": "ce"}}, "evl": {}}}, "unknown key metod"),
         ({"pairs": None}, "a study needs pairs"),
+        ({"methods": {"ce": {"tune": GRID}, "evl": {"as_tuned": "c"}}}, "is tuned.*did you mean 'ce'"),
+        ({"methods": {"ce": {"tune": GRID}, "evl": {"as_tuned": "ce", "tune": GRID}}}, "in place of tune"),
     ],
 )
 def test_mistakes_fail_before_anything_runs(tmp_path, change, message):

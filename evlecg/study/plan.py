@@ -24,10 +24,12 @@ class Method:
     Attributes:
         set: recipe keys that make it this method.
         tune: recipe key -> values that are tried, all combinations.
+        as_tuned: another method, whose chosen configuration this one takes.
     """
 
     set: Mapping[str, Any] = field(default_factory=dict)
     tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    as_tuned: str | None = None
 
     def configurations(self) -> list[dict[str, Any]]:
         """Every combination of the grid, in a fixed order; one empty configuration where there is none."""
@@ -69,6 +71,10 @@ class Study:
                 raise EvlecgError(f"the study has no method {getattr(self, role)!r}", where=role,
                                   hint=nearest(getattr(self, role), self.methods))  # fmt: skip
         for name, method in self.methods.items():
+            grids = [key for key, other in self.methods.items() if other.tune]
+            if method.as_tuned is not None and (method.tune or method.as_tuned not in grids):
+                raise EvlecgError("as_tuned names a method that is tuned, and stands in place of tune",
+                                  where=f"methods.{name}.as_tuned", hint=nearest(method.as_tuned, grids))  # fmt: skip
             tried = len(method.configurations())
             if tried > self.budget:
                 raise EvlecgError(f"{tried} configurations are more than the budget of {self.budget}",
@@ -77,6 +83,10 @@ class Study:
         if shared and any(len(method.configurations()) > 1 for method in self.methods.values()):
             raise EvlecgError(f"seeds {sorted(shared)} both choose and tell", where="seeds",
                               hint="the final stage needs seeds of its own")  # fmt: skip
+
+    def tuned_like(self, method: str) -> Method:
+        """The method whose grid a row takes its configuration from: itself, or the one it names."""
+        return self.methods[self.methods[method].as_tuned or method]
 
 
 @dataclass(frozen=True)
@@ -126,14 +136,14 @@ def load_study(path: Path) -> Study:
         raise EvlecgError(f"a study needs {', '.join(missing)}", where=path)
     methods = {}
     for name, method in tree.pop("methods").items():
-        _only(method or {}, {"set": 0, "tune": 0}, where=f"{path}: methods.{name}")
+        _only(method or {}, {item.name: item for item in dataclasses.fields(Method)}, where=f"{path}: methods.{name}")
         methods[name] = Method(**(method or {}))
     listed = {key: tuple(tree.pop(key)) for key in ("sizes", "seeds", "tune_seeds") if key in tree}
     recipe = tree.pop("recipe")
     beside = path.parent / str(recipe)
     study = Study(recipe=str(beside) if beside.is_file() else recipe, methods=methods, **listed, **tree)
     for pair, method in itertools.product(study.pairs, study.methods):  # a mistyped key fails now, not after hours
-        for configuration in study.methods[method].configurations():
+        for configuration in study.tuned_like(method).configurations():
             load_recipe(study.recipe, {**study.pairs[pair], **study.methods[method].set, **configuration})
     return study
 
@@ -144,10 +154,14 @@ def check_grown(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Pat
     Raises:
         EvlecgError: something in both differs.
     """
+
+    def said(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {key: value for key, value in tree.items() if value is not None}
+
     changed = [key for key in ("name", "recipe", "tune_seeds", "budget") if before[key] != now[key]]
     for kind in ("pairs", "methods"):
         shared = [name for name in before[kind] if name in now[kind]]
-        changed += [f"{kind}.{name}" for name in shared if before[kind][name] != now[kind][name]]
+        changed += [f"{kind}.{name}" for name in shared if said(before[kind][name]) != said(now[kind][name])]
     if changed:
         raise EvlecgError(f"the folder holds another study, or the same before {', '.join(changed)} changed",
                           where=where, hint="another --out")  # fmt: skip
@@ -164,21 +178,26 @@ def tune_cells(study: Study) -> list[Cell]:
 
 
 def choose(study: Study, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The configuration of every pair, size and method with the best mean validation AUC; failed ones count as 0."""
+    """The configuration of every pair, size and method with the best mean validation AUC; failed ones count as 0.
+
+    A row `as_tuned` takes that of the method it names, has tried none itself, and has no AUC on validation.
+    """
     chosen = []
-    for pair, size, (name, method) in itertools.product(study.pairs, study.sizes, study.methods.items()):
+    for pair, size, (name, taken) in itertools.product(study.pairs, study.sizes, study.methods.items()):
+        method, tuned = study.tuned_like(name), taken.as_tuned or name
         scores = {}
         for place, configuration in enumerate(method.configurations()):
             found = [
                 cell["auc"] or 0.0
                 for cell in results
-                if (cell["stage"], cell["pair"], cell["method"], cell["size"]) == ("tune", pair, name, size)
+                if (cell["stage"], cell["pair"], cell["method"], cell["size"]) == ("tune", pair, tuned, size)
                 and cell["configuration"] == configuration
             ]
             scores[place] = sum(found) / len(found) if found else 0.0
         best = max(scores, key=lambda place: (scores[place], -place))
         chosen.append({"pair": pair, "size": size, "method": name, "configuration": method.configurations()[best],
-                       "validation_auc": scores[best] or None, "tried": len(scores)})  # fmt: skip
+                       "validation_auc": None if taken.as_tuned else scores[best] or None,
+                       "tried": 0 if taken.as_tuned else len(scores)})  # fmt: skip
     return chosen
 
 

@@ -187,11 +187,14 @@ def write_rows(study: Study, told: Mapping[str, Any], folder: Path) -> list[Path
         recipe = load_recipe(study.recipe, {**keys, "name": f"{study.name}-{pair}-{name}"})
         scores = list(_by_seed(_of(_final(told), pair, size), name).values())
         came = f"{_summary(over_seeds(scores))} over {len(scores)} seeds" if scores else "not run"
+        how = f"Chosen of {row['tried']} configurations by macro AUC on validation: {_digits(row)}"
+        if study.methods[name].as_tuned:
+            how = f"Configuration as chosen for {study.methods[name].as_tuned}"
         place = folder / pair / (str(size) if len(study.sizes) > 1 else "") / f"{name}.yaml"
         text = (
             f"# The row {name} of the study {study.name}: {pair}, {_records(size)}.\n"
             f"# Command:  evlecg distill --recipe FILE --set seed=N\n"
-            f"# Chosen of {row['tried']} configurations by macro AUC on validation: {_digits(row)}; on test: {came}.\n"
+            f"# {how}; on test: {came}.\n"
             + yaml.safe_dump(_stated(recipe.to_dict(), plain, keys), sort_keys=False, allow_unicode=True)
         )
         place.parent.mkdir(parents=True, exist_ok=True)

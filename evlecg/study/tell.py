@@ -48,7 +48,10 @@ def tell(study: Study, out: Path) -> dict[str, Any]:
     found = [(cell, result_of(out, cell)) for cell in tuned]
     tuning = [result for _, result in found if result is not None]
     open_rows = {(cell.pair, cell.size, cell.method) for cell, result in found if result is None}
-    chosen = [row for row in choose(study, tuning) if (row["pair"], row["size"], row["method"]) not in open_rows]
+    chosen = [
+        row for row in choose(study, tuning)
+        if (row["pair"], row["size"], study.methods[row["method"]].as_tuned or row["method"]) not in open_rows
+    ]  # fmt: skip
     done = [(cell, result) for cell in final_cells(study, chosen) if (result := result_of(out, cell)) is not None]
     n_final = len(study.pairs) * len(study.sizes) * len(study.methods) * len(study.seeds)
     teachers = {pair: _teacher(out, pair) for pair in study.pairs}

@@ -267,8 +267,12 @@ class RelationConfig:
 
 @dataclass(frozen=True)
 class RecordsConfig:
-    """Relations among the records of a batch, beyond the paper: the same question, the same place of the page."""
+    """Relations among records, beyond the paper: the same question, the same place of the page."""
 
+    least: int = _key(
+        16, "records that are related with one another: states of earlier batches complete a smaller batch; 0: none do",
+        low=0,
+    )  # fmt: skip
     answers: float = _key(1.0, "weight of the states that are about to answer the same question", low=0)
     visual: float = _key(1.0, "weight of the visual tokens at the same cell (see objective.relation.cells)", low=0)
     features: str = _key("last", "which visual tokens are compared", choices=("last", "projected"))
@@ -299,7 +303,7 @@ class ObjectiveConfig:
     lambda_m: float = _key(0.1, "weight of cross-attention alignment", low=0)
     lambda_r: float = _key(0.0, "weight of geometric relations", low=0)
     lambda_ot: float = _key(0.1, "weight of optimal transport", low=0)
-    lambda_rec: float = _key(10.0, "weight of relations among the records of a batch (not with strict)", low=0)
+    lambda_rec: float = _key(10.0, "weight of relations among records (not with strict)", low=0)
     warmup: float = _key(0.0, "share of the steps in which the distillation terms ramp up", low=0)
     balance: str = _key(
         "none",

@@ -180,8 +180,8 @@ class Batch:
     `cell_lead_C` (int, index into `LEADS`, -1 where unknown) and `cell_time_C2` (seconds, NaN where unknown) name the
     cells of `Side.cell_box_BC4`.
     `teacher` is None when the run has no teacher.
-    `asked_Q` (int) names every question of the batch, row by row and block by block: the same number, the same words.
-    None where nobody knows.
+    `asked_Q` (int) names every question of the batch, row by row and block by block: the same number, the same words,
+    in all batches. None where nobody knows.
     `counted` is False where a process has no share of a step and runs along on some record: it weighs nothing.
     """
 

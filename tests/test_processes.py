@@ -173,6 +173,35 @@ def test_two_processes_are_one_with_the_same_global_batch(checkpoints, synthetic
         assert found["rows"][place]["gradients"] == pytest.approx(expected["rows"][place]["gradients"], rel=rel)
 
 
+def kept_on(chosen: Any, data: Path) -> dict[str, Any]:
+    """The earlier records that the main process keeps after an epoch, and whether all keep the same."""
+    from accelerate.utils import gather_object
+
+    from evlecg.distill import opened
+    from evlecg.training.build import build
+    from evlecg.training.step import Position, batches_of, loader, step
+
+    prepared, samples, labels = opened(chosen, data)
+    job = build(chosen, prepared, samples, labels, Progress(), force=False)
+    rows = []
+    for batch in loader(job, batches_of(job, 0), 0):
+        told = step(job, [batch], Position(), diagnose=True, gradients=False)
+        rows.append(told and told["terms"]["rec_answer"])
+    kept = job.objective.earlier.state_dict()["kept"]
+    mine = [[one["n_records"], float(one["student_QD"].abs().sum()), float(one["teacher_RCE"].sum())] for one in kept]
+    everyone = gather_object([mine])
+    return {"kept": mine, "alike": all(other == mine for other in everyone), "terms": rows}
+
+
+def test_processes_keep_each_others_records(checkpoints, synthetic):
+    sets = ("objective.lambda_rec=1", "objective.records.least=6", "objective.lambda_m=0", "objective.lambda_ot=0")
+    found = on_processes(kept_on, recipe(checkpoints, 2, *sets), synthetic)
+    assert found["alike"] and [one[0] for one in found["kept"]] == [2, 2, 2, 1], "17 records, and a process without one"
+    assert all(term > 0 for term in found["terms"])
+    large = on_processes(kept_on, recipe(checkpoints, 8, *sets), synthetic)
+    assert large["kept"] == [], "large batches keep nothing"
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("seqkd", "rkd", "dskd")])
 def test_parts_of_a_step_weigh_as_their_elements_do(pair, method):
     """One batch of six records, and the same records as a batch of five and one of one."""

@@ -1,4 +1,4 @@
-"""Relations among the records of a batch: plain loops, invariances, and what counts as the same question."""
+"""Relations among records: plain loops, invariances, what is the same question, records of earlier batches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from evlecg.losses.objective import EvlObjective
 from evlecg.losses.records import (
+    EarlierRecords,
+    RecordStates,
     answer_relation,
     by_question,
     first_rows,
@@ -67,17 +69,31 @@ def test_neighbours_are_asked_the_same() -> None:
     assert of_neighbours(states, asked)[:, 0].tolist() == [3, 2, 5, 0, 4, 1]
 
 
+def at_questions(student: Tensor, teacher: Tensor, asked: Tensor) -> RecordStates:
+    nowhere = student.new_zeros(0, 0, 1)
+    return RecordStates(len(asked), student, teacher, asked, nowhere, nowhere, nowhere[..., 0].bool(),
+                        student.new_zeros(0, 3))  # fmt: skip
+
+
+def at_places(student: Tensor, teacher: Tensor, mask: Tensor, cells: Tensor | None = None) -> RecordStates:
+    none = student.new_zeros(0, 1)
+    number = torch.arange(float(mask.shape[1]))[:, None].expand(-1, 3)
+    return RecordStates(len(mask), none, none, torch.zeros(0, dtype=torch.long), student, teacher, mask,
+                        number if cells is None else cells)  # fmt: skip
+
+
 def test_answers_against_plain_loops() -> None:
     student, teacher = seeded(6, 3), seeded(6, 5, seed=1)
     asked = torch.tensor([0, 1, 0, 1, 0, 2])
     expected = [loops([student[q] for q in group], [teacher[q] for q in group]) for group in ((0, 2, 4), (1, 3))]
-    found = answer_relation(student, teacher, asked, **WEIGHTS)
+    found = answer_relation(at_questions(student, teacher, asked), **WEIGHTS)
     assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-9), "a question asked once says nothing"
     order = torch.tensor([4, 1, 0, 5, 2, 3])
-    assert_close(answer_relation(student[order], teacher[order], asked[order], **WEIGHTS), found)
+    turned = at_questions(student[order], teacher[order], asked[order])
+    assert_close(answer_relation(turned, **WEIGHTS), found)
     rotation = torch.linalg.qr(seeded(5, 5, seed=3))[0]
-    assert_close(answer_relation(student, teacher @ rotation * 7, asked, **WEIGHTS), found)
-    alone = answer_relation(student.requires_grad_(), teacher, torch.arange(6), **WEIGHTS)
+    assert_close(answer_relation(at_questions(student, teacher @ rotation * 7, asked), **WEIGHTS), found)
+    alone = answer_relation(at_questions(student.requires_grad_(), teacher, torch.arange(6)), **WEIGHTS)
     assert float(alone.detach()) == 0 and alone.requires_grad
 
 
@@ -87,7 +103,46 @@ def test_places_against_plain_loops() -> None:
     have = [[record for record in range(4) if mask[record, cell]] for cell in range(3)]
     told = [loops([student[r, cell] for r in records], [teacher[r, cell] for r in records])
             for cell, records in enumerate(have) if len(records) > 1]  # fmt: skip
-    assert float(place_relation(student, teacher, mask, **WEIGHTS)) == pytest.approx(sum(told) / 2, rel=1e-9)
+    found = place_relation(at_places(student, teacher, mask), **WEIGHTS)
+    assert float(found) == pytest.approx(sum(told) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("relation", [answer_relation, place_relation])
+def test_parts_beside_the_rest_pull_as_the_whole_does(relation, size: int) -> None:
+    """Six records at once, or a few at a time while the others stand beside them as constants."""
+    student, teacher = seeded(6, 3, 4), seeded(6, 3, 5, seed=1)
+
+    def made(states: Tensor, records: Tensor) -> RecordStates:
+        if relation is answer_relation:
+            return at_questions(states[records, 0], teacher[records, 0], torch.full((len(records),), 7))
+        return at_places(states[records], teacher[records], torch.ones(len(records), 3).bool())
+
+    whole, parts = (student.clone().requires_grad_() for _ in range(2))
+    relation(made(whole, torch.arange(6)), **WEIGHTS).backward()
+    for records in torch.arange(6).split(size):
+        rest = torch.tensor([record for record in range(6) if record not in records])
+        value = relation(made(parts, records), [made(student, one) for one in rest.split(2)], **WEIGHTS)
+        (value / (6 / size)).backward()
+    assert whole.grad is not None and float(whole.grad.abs().sum()) > 0.1
+    assert_close(parts.grad, whole.grad)
+
+
+def test_cells_of_other_batches_are_found_by_what_they_are() -> None:
+    nan = float("nan")
+    ours, theirs = torch.tensor([[0, 0, 2.5], [1, 0, 2.5]]), torch.tensor([[1, 0, 2.5], [nan, nan, nan], [0, 2.5, 5]])
+    before = at_places(seeded(2, 3, 4), seeded(2, 3, 5), torch.ones(2, 3).bool(), theirs).among(ours)
+    assert before.mask_RC.tolist() == [[False, True]] * 2
+    assert_close(before.student_RCD[:, 1], seeded(2, 3, 4)[:, 0])
+
+
+def test_the_newest_that_are_enough_are_kept() -> None:
+    given = [at_places(seeded(n, 1, 1), seeded(n, 1, 1), torch.ones(n, 1).bool()) for n in (2, 0, 2, 3)]
+    earlier, device = EarlierRecords(5), torch.device("cpu")
+    assert not earlier and earlier.completing(0, device) == []
+    earlier.remember(given)
+    told = {n: [one.n_records for one in earlier.completing(n, device)] for n in range(7)}
+    assert told == {0: [2, 3], 1: [2, 3], 2: [3], 3: [3], 4: [3], 5: [], 6: []}
 
 
 def build(config: ObjectiveConfig) -> EvlObjective:
@@ -138,6 +193,29 @@ def test_a_teacher_is_followed_and_the_published_form_has_none_of_it() -> None:
     assert build(replace(ONLY, records=RecordsConfig(distance=0, cosine=0))).needs == frozenset()
     unknown = build(ONLY)(*make_pair(make_batch()), make_batch(), output_head=make_head())
     assert set(unknown.values) == {"ce", "rec_visual"}, "nobody said which questions are the same"
+
+
+def test_a_small_batch_meets_the_records_of_earlier_ones() -> None:
+    batch, head = asked(make_batch()), make_head()
+    objective, alone = (build(replace(ONLY, records=RecordsConfig(least=least))) for least in (5, 0))
+    first = make_pair(batch)
+    objective(*first, batch, output_head=head)
+    assert objective.earlier is not None and objective.recent is not None and not objective.earlier
+    assert objective.recent.n_records == 3 and not objective.recent.student_RCD.requires_grad
+    objective.earlier.remember([objective.recent])
+    single = asked(make_batch(rows=1))
+    student, teacher = make_pair(single)
+    teacher = replace(teacher, hidden_BSD=teacher.hidden_BSD + 1, visual_BND=teacher.visual_BND.flip(2))
+    beside, without = (made(student, teacher, single, output_head=head).values for made in (objective, alone))
+    for name, leaf in (("rec_answer", student.hidden_BSD), ("rec_visual", student.visual_BND)):
+        assert float(without[name].detach()) == 0 < float(beside[name].detach())
+        assert float(torch.autograd.grad(beside[name], leaf, retain_graph=True)[0].abs().sum()) > 0
+    told = [made.counts(single) for made in (objective, alone)]
+    assert [(int(one["rec_answer"]), int(one["rec_visual"])) for one in told] == [(1, 4), (0, 0)]
+    again = build(replace(ONLY, records=RecordsConfig(least=5)))
+    assert again.earlier is not None
+    again.earlier.load_state_dict(objective.earlier.state_dict())
+    assert_close(again(student, teacher, single, output_head=head).values, beside, rtol=0, atol=0)
 
 
 def test_further_rows_of_a_record_are_no_further_records() -> None:

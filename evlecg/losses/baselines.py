@@ -61,6 +61,7 @@ class Baseline(nn.Module):
     reads: frozenset[str] = frozenset({"teacher", "logits"})
     reads_tokens = False
     least_rows = 1
+    earlier = None  # records that it keeps: none
 
     def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()

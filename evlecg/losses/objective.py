@@ -1,6 +1,8 @@
 """What a student is trained on: outputs of student and teacher in, weighted terms out.
 
-    L = (1 - alpha) L_CE + alpha (lambda_m L_mhca + lambda_r L_rel + lambda_ot L_ot)      (METHOD; arXiv 2605.29977)
+    L = (1 - alpha) L_CE + alpha (lambda_m L_mhca + lambda_r L_rel + lambda_ot L_ot + lambda_rec L_rec)
+
+(METHOD, arXiv 2605.29977; relations among records, L_rec, are our own: see `losses.records`.)
 
 An objective is a module, since aligner and projections train beside the student; they belong to it and never enter
 the student's files. A term of weight zero is not computed and creates no module. Call objectives through `forward`
@@ -36,6 +38,8 @@ from evlecg.losses.alignment import (
 from evlecg.losses.baselines import BASELINES, Baseline
 from evlecg.losses.options import check_options
 from evlecg.losses.records import (
+    EarlierRecords,
+    RecordStates,
     answer_relation,
     by_question,
     first_rows,
@@ -70,6 +74,7 @@ class CeObjective(nn.Module):
 
     reads_tokens = False
     least_rows = 1
+    earlier = None  # records that it keeps: none
 
     def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
@@ -110,7 +115,10 @@ class _Terms:
 
 
 class EvlObjective(nn.Module):
-    """Cross-entropy, cross-attention alignment, optimal transport and geometric relations.
+    """Cross-entropy, cross-attention alignment, optimal transport, geometric relations, and relations among records.
+
+    Where a batch holds fewer records than `objective.records.least`, those of earlier ones stand beside it: whoever
+    steps hands `recent`, the batch's, to `earlier.remember`.
 
     Args:
         config: the recipe's objective.
@@ -131,6 +139,8 @@ class EvlObjective(nn.Module):
         check_options(config)
         self.uses_alignment, self.uses_relation, self.uses_transport = _terms_used(config)
         self.uses_answers, self.uses_places = _records_used(config)
+        self.recent: RecordStates | None = None
+        self.earlier = EarlierRecords(config.records.least) if self.uses_answers or self.uses_places else None
         self.aligns_tokens = not config.strict and config.align.features != "states"
         self.relates_aligned = self.uses_relation and (config.strict or config.relation.source == "aligned")
         if self.relates_aligned and not self.uses_alignment and not config.strict:
@@ -239,12 +249,13 @@ class EvlObjective(nn.Module):
             found["ot"] = (batch.teacher.visual_mask_BN.any(1) & side.visual_mask_BN.any(1)).sum()
         if self.uses_relation:
             found["rel"] = (self._related(side, batch.teacher).sum(1) > 1).sum()
+        fewest = 1 if self.earlier else 2  # records of a batch that are related: one is enough beside earlier ones
         if self.uses_answers and batch.asked_Q is not None:
-            found["rec_answer"] = (batch.asked_Q.unique(return_counts=True)[1] > 1).sum()
+            found["rec_answer"] = (batch.asked_Q.unique(return_counts=True)[1] >= fewest).sum()
         if self.uses_places:
             halves = (side, batch.teacher)
             masks = [self._places(half, half.visual_box_BN4[..., :0], batch)[1] for half in halves]
-            found["rec_visual"] = ((masks[0] & masks[1]).sum(0) > 1).sum()
+            found["rec_visual"] = ((masks[0] & masks[1]).sum(0) >= fewest).sum()
         return found
 
     def _terms(
@@ -256,7 +267,7 @@ class EvlObjective(nn.Module):
             student, teacher, batch, output_head: as for `forward`.
             rolled: every student meets the teacher of the next record in its place.
         """
-        terms, values = _Terms(), self._answers(student, teacher, batch, rolled=rolled)
+        terms, among = _Terms(), self._among_records(student, teacher, batch, rolled=rolled)
         teacher = _rolled(teacher) if rolled else teacher
         if self.aligner is not None:
             terms = self._alignment(self.aligner, student, teacher, batch, output_head)
@@ -266,26 +277,54 @@ class EvlObjective(nn.Module):
         if self.uses_relation:
             loss, cell_mask_BC = self._relation(student, teacher, terms.aligned_BSD)
             terms = replace(terms, values={**terms.values, "rel": loss}, cell_mask_BC=cell_mask_BC)
-        if self.uses_places:
-            config = self.config.records
-            (ours_RCD, mask_RC), (theirs_RCE, their_mask_RC) = (
-                self._places(outputs.side, _tokens(outputs, config.features), batch) for outputs in (student, teacher)
-            )
-            values["rec_visual"] = place_relation(
-                ours_RCD, theirs_RCE, mask_RC & their_mask_RC, distance=config.distance, cosine=config.cosine
-            )
-        return replace(terms, values={**terms.values, **values})
+        return replace(terms, values={**terms.values, **among})
 
-    def _answers(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool) -> dict[str, Tensor]:
-        """Relations among the records of the batch at the same question."""
-        if not self.uses_answers or batch.asked_Q is None:
+    def _among_records(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool) -> dict[str, Tensor]:
+        """Relations among the records of the batch and, where these are few, earlier ones."""
+        if self.earlier is None:
             return {}
         config = self.config.records
-        ours_QD, theirs_QE = (question_states(outputs.hidden_BSD, outputs.side) for outputs in (student, teacher))
-        if rolled:
-            theirs_QE = of_neighbours(theirs_QE, batch.asked_Q)
-        loss = answer_relation(ours_QD, theirs_QE, batch.asked_Q, distance=config.distance, cosine=config.cosine)
-        return {"rec_answer": loss}
+        states = self._record_states(student, teacher, batch, rolled=rolled)
+        if not rolled:
+            self.recent = states.constant()
+        earlier = self.earlier.completing(states.n_records, states.asked_Q.device)
+        weights, found = {"distance": config.distance, "cosine": config.cosine}, {}
+        if self.uses_answers and batch.asked_Q is not None:
+            found["rec_answer"] = answer_relation(states, earlier, **weights)
+        if self.uses_places:
+            found["rec_visual"] = place_relation(states, earlier, **weights)
+        return found
+
+    def _record_states(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool) -> RecordStates:
+        """What the records of the batch are related by."""
+        asked_Q, sides = batch.asked_Q, (student, teacher)
+        if self.uses_answers and asked_Q is not None:
+            ours_QD, theirs_QE = (question_states(outputs.hidden_BSD, outputs.side) for outputs in sides)
+            theirs_QE = of_neighbours(theirs_QE, asked_Q) if rolled else theirs_QE
+        else:
+            asked_Q = batch.record_B.new_zeros(0)
+            ours_QD, theirs_QE = (outputs.hidden_BSD.new_zeros(0, outputs.hidden_BSD.shape[2]) for outputs in sides)
+        if self.uses_places:
+            sides = (student, _rolled(teacher) if rolled else teacher)
+            (ours_RCD, mask_RC), (theirs_RCE, their_mask_RC) = (
+                self._places(outputs.side, _tokens(outputs, self.config.records.features), batch) for outputs in sides
+            )
+            mask_RC = mask_RC & their_mask_RC
+        else:
+            mask_RC = torch.zeros(0, 0, dtype=torch.bool, device=ours_QD.device)
+            ours_RCD, theirs_RCE = (ours_QD.new_zeros(0, 0, 1) for _ in sides)
+        return RecordStates(
+            len(first_rows(batch)), ours_QD, theirs_QE, asked_Q, ours_RCD, theirs_RCE, mask_RC,
+            self._cells(batch, mask_RC.shape[1]),
+        )  # fmt: skip
+
+    def _cells(self, batch: Batch, n_cells: int) -> Tensor:
+        """What every cell is, [C, 3]: its lead and times, or its number on the page grid."""
+        assert batch.teacher is not None
+        if not self._grid(batch.student, batch.teacher):
+            return torch.cat([batch.cell_lead_C[:, None].to(batch.cell_time_C2), batch.cell_time_C2], dim=1)
+        number_C = torch.arange(n_cells, device=batch.cell_time_C2.device, dtype=batch.cell_time_C2.dtype)
+        return number_C[:, None].expand(-1, 3)
 
     def _places(self, side: Side, tokens_BND: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Visual tokens [R, C, D] of every record, pooled into cells, and which cells it has."""

@@ -7,6 +7,8 @@ exactly where it stopped, and every process knows its share without talking to t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,10 +188,13 @@ class BatchBuilder:
 
 
 def _asked(turns: Sequence[Sequence[Turn]]) -> torch.Tensor:
-    """A number for the words of every question, [Q]: those of one batch, in the order in which they come up."""
-    numbers: dict[Any, int] = {}
-    asked = [(turn.history, turn.question) for row in turns for turn in row]
-    return torch.tensor([numbers.setdefault(words, len(numbers)) for words in asked], dtype=torch.long)
+    """A number for the words of every question, [Q]: the same in every batch and process."""
+    return torch.tensor([_number(turn.history, turn.question) for row in turns for turn in row], dtype=torch.long)
+
+
+@functools.lru_cache(maxsize=4096)
+def _number(history: Any, question: str) -> int:
+    return int.from_bytes(hashlib.sha256(repr((history, question)).encode()).digest()[:8], "big", signed=True)
 
 
 def _window_s(encoder: AnyEncoder) -> float | None:

@@ -112,6 +112,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
             if not all_finite(job, terms.total):
                 job.optimizer.zero_grad()
                 return None
+            _remember(job, batch)
             balance = recipe.objective.balance != "none" and state.step % recipe.objective.balance_every == 0
             if first and balance:
                 state.scales = balanced(state.scales, term_gradients(job, terms, shares), terms.weights)
@@ -148,6 +149,20 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
             "diagnostics": terms.diagnostics,
         }
     return told
+
+
+def _remember(job: Job, batch: Any) -> None:
+    """Keeps what relates the records of a batch to those of later ones, where batches are small; on all processes."""
+    from accelerate.utils import gather_object
+
+    earlier = job.objective.earlier
+    if earlier is None or job.recipe.train.batch_size >= earlier.least:
+        return
+    states = job.objective.recent
+    if not batch.counted:
+        states = dataclasses.replace(states, n_records=0)
+    told = gather_object([states.to("cpu")]) if job.processes > 1 else [states]
+    earlier.remember([one.to(job.accelerator.device) for one in told])
 
 
 @dataclass(frozen=True)

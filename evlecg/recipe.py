@@ -270,7 +270,9 @@ class RecordsConfig:
     """Relations among records, beyond the paper: the same question, the same place of the page."""
 
     least: int = _key(
-        16, "records that are related with one another: states of earlier batches complete a smaller batch; 0: none do",
+        16,
+        "a batch of fewer records is related with all of its step (accumulation, processes), for one more forward pass "
+        "of the student; 0: never",
         low=0,
     )  # fmt: skip
     answers: float = _key(1.0, "weight of the states that are about to answer the same question", low=0)
@@ -300,9 +302,9 @@ class ObjectiveConfig:
 
     strict: bool = _key(False, "the three terms exactly as published, without the guards below")
     alpha: float = _key(0.5, "share of the distillation terms", low=0)
-    lambda_m: float = _key(0.1, "weight of cross-attention alignment", low=0)
+    lambda_m: float = _key(0.0, "weight of cross-attention alignment", low=0)
     lambda_r: float = _key(0.0, "weight of geometric relations", low=0)
-    lambda_ot: float = _key(0.1, "weight of optimal transport", low=0)
+    lambda_ot: float = _key(0.0, "weight of optimal transport", low=0)
     lambda_rec: float = _key(10.0, "weight of relations among records (not with strict)", low=0)
     warmup: float = _key(0.0, "share of the steps in which the distillation terms ramp up", low=0)
     balance: str = _key(

@@ -18,7 +18,6 @@ import torch
 
 from evlecg.distill import distill
 from evlecg.errors import EvlecgError, RunFailed
-from evlecg.losses.records import EarlierRecords
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
 from evlecg.teacher import LiveTeacher
@@ -135,23 +134,6 @@ def test_a_teacher_that_is_remembered_is_remembered_alike(checkpoints, synthetic
         shutil.rmtree(run / "checkpoints" / f"step-0000000{step}")  # as if killed in the second epoch
     distill(chosen, data=synthetic, out=run, resume=True)
     assert same(run, tmp_path / "whole")
-
-
-def test_records_of_earlier_batches_outlive_a_kill(checkpoints, synthetic, tmp_path, monkeypatch):
-    sets = ("objective.lambda_rec=5", "train.batch_size=2", "objective.records.least=6", "train.lr=0.01")
-    chosen = recipe(checkpoints, *sets, "checkpoint.every=1", "checkpoint.keep_last=99", "train.max_steps=5")
-    distill(chosen, data=synthetic, out=tmp_path / "whole")
-
-    def resumed(name):
-        run = shutil.copytree(tmp_path / "whole", tmp_path / name)
-        for step in (4, 5):
-            shutil.rmtree(run / "checkpoints" / f"step-0000000{step}")
-        distill(chosen, data=synthetic, out=run, resume=True)
-        return run
-
-    assert same(resumed("run"), tmp_path / "whole")
-    monkeypatch.setattr(EarlierRecords, "load_state_dict", lambda self, state: None)
-    assert not same(resumed("forgetful"), tmp_path / "whole"), "what is kept makes a difference"
 
 
 def test_a_full_disk_is_told_and_the_last_good_checkpoint_survives(

@@ -173,33 +173,31 @@ def test_two_processes_are_one_with_the_same_global_batch(checkpoints, synthetic
         assert found["rows"][place]["gradients"] == pytest.approx(expected["rows"][place]["gradients"], rel=rel)
 
 
-def kept_on(chosen: Any, data: Path) -> dict[str, Any]:
-    """The earlier records that the main process keeps after an epoch, and whether all keep the same."""
-    from accelerate.utils import gather_object
-
-    from evlecg.distill import opened
-    from evlecg.training.build import build
-    from evlecg.training.step import Position, batches_of, loader, step
-
-    prepared, samples, labels = opened(chosen, data)
-    job = build(chosen, prepared, samples, labels, Progress(), force=False)
-    rows = []
-    for batch in loader(job, batches_of(job, 0), 0):
-        told = step(job, [batch], Position(), diagnose=True, gradients=False)
-        rows.append(told and told["terms"]["rec_answer"])
-    kept = job.objective.earlier.state_dict()["kept"]
-    mine = [[one["n_records"], float(one["student_QD"].abs().sum()), float(one["teacher_RCE"].sum())] for one in kept]
-    everyone = gather_object([mine])
-    return {"kept": mine, "alike": all(other == mine for other in everyone), "terms": rows}
+RECORDS = ["objective.lambda_rec=2", "objective.lambda_m=0", "objective.lambda_ot=0", "train.bucket=1"]
 
 
-def test_processes_keep_each_others_records(checkpoints, synthetic):
-    sets = ("objective.lambda_rec=1", "objective.records.least=6", "objective.lambda_m=0", "objective.lambda_ot=0")
-    found = on_processes(kept_on, recipe(checkpoints, 2, *sets), synthetic)
-    assert found["alike"] and [one[0] for one in found["kept"]] == [2, 2, 2, 1], "17 records, and a process without one"
-    assert all(term > 0 for term in found["terms"])
-    large = on_processes(kept_on, recipe(checkpoints, 8, *sets), synthetic)
-    assert large["kept"] == [], "large batches keep nothing"
+@pytest.mark.parametrize(("processes", "batch_size", "accumulation"), [(1, 2, 4), (1, 1, 8), (2, 4, 1), (2, 2, 2)])
+def test_records_are_related_across_the_parts_of_a_step(checkpoints, synthetic, processes, batch_size, accumulation):
+    """8 records a step in one batch, and in parts: a process with nothing in the last step among them."""
+    whole = trained(recipe(checkpoints, 8, *RECORDS, "log.gradients_every=0"), synthetic)
+    sets = [*RECORDS, f"train.accumulation={accumulation}", "log.gradients_every=0"]
+    chosen = recipe(checkpoints, batch_size, *sets)
+    parts = trained(chosen, synthetic) if processes == 1 else on_processes(trained, chosen, synthetic)
+    assert whole["rows"][0]["terms"]["rec_answer"] > 0 and len(whole["rows"]) == 3
+    assert_same(parts, whole)
+    alone = trained(recipe(checkpoints, 2, *RECORDS, "train.accumulation=4", "objective.records.least=0",
+                           "log.gradients_every=0"), synthetic)  # fmt: skip
+    first, other = whole["gradients"][0], alone["gradients"][0]
+    gap = max(float((first[name] - other[name]).abs().max()) for name in first)
+    assert gap > 1e-3, "two records by themselves pull elsewhere"
+
+
+def test_one_record_a_step_has_nobody_to_be_related_to(checkpoints, synthetic):
+    with pytest.raises(EvlecgError, match="relations among records need several") as told:
+        trained(recipe(checkpoints, 1, "objective.lambda_rec=1"), synthetic)
+    assert "train.accumulation=16" in told.value.hint
+    with pytest.raises(EvlecgError, match="every distillation term weighs nothing"):
+        trained(recipe(checkpoints, 4, "objective.lambda_rec=0"), synthetic)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("seqkd", "rkd", "dskd")])

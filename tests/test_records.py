@@ -1,4 +1,4 @@
-"""Relations among records: plain loops, invariances, what is the same question, records of earlier batches."""
+"""Relations among records: plain loops, invariances, what is the same question, parts of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from evlecg.losses.objective import EvlObjective
 from evlecg.losses.records import (
-    EarlierRecords,
+    Company,
     RecordStates,
     answer_relation,
     by_question,
@@ -71,14 +71,13 @@ def test_neighbours_are_asked_the_same() -> None:
 
 def at_questions(student: Tensor, teacher: Tensor, asked: Tensor) -> RecordStates:
     nowhere = student.new_zeros(0, 0, 1)
-    return RecordStates(len(asked), student, teacher, asked, nowhere, nowhere, nowhere[..., 0].bool(),
-                        student.new_zeros(0, 3))  # fmt: skip
+    return RecordStates(student, teacher, asked, nowhere, nowhere, nowhere[..., 0].bool(), student.new_zeros(0, 3))
 
 
 def at_places(student: Tensor, teacher: Tensor, mask: Tensor, cells: Tensor | None = None) -> RecordStates:
     none = student.new_zeros(0, 1)
     number = torch.arange(float(mask.shape[1]))[:, None].expand(-1, 3)
-    return RecordStates(len(mask), none, none, torch.zeros(0, dtype=torch.long), student, teacher, mask,
+    return RecordStates(none, none, torch.zeros(0, dtype=torch.long), student, teacher, mask,
                         number if cells is None else cells)  # fmt: skip
 
 
@@ -86,14 +85,14 @@ def test_answers_against_plain_loops() -> None:
     student, teacher = seeded(6, 3), seeded(6, 5, seed=1)
     asked = torch.tensor([0, 1, 0, 1, 0, 2])
     expected = [loops([student[q] for q in group], [teacher[q] for q in group]) for group in ((0, 2, 4), (1, 3))]
-    found = answer_relation(at_questions(student, teacher, asked), **WEIGHTS)
+    found = answer_relation([at_questions(student, teacher, asked)], **WEIGHTS)
     assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-9), "a question asked once says nothing"
     order = torch.tensor([4, 1, 0, 5, 2, 3])
     turned = at_questions(student[order], teacher[order], asked[order])
-    assert_close(answer_relation(turned, **WEIGHTS), found)
+    assert_close(answer_relation([turned], **WEIGHTS), found)
     rotation = torch.linalg.qr(seeded(5, 5, seed=3))[0]
-    assert_close(answer_relation(at_questions(student, teacher @ rotation * 7, asked), **WEIGHTS), found)
-    alone = answer_relation(at_questions(student.requires_grad_(), teacher, torch.arange(6)), **WEIGHTS)
+    assert_close(answer_relation([at_questions(student, teacher @ rotation * 7, asked)], **WEIGHTS), found)
+    alone = answer_relation([at_questions(student.requires_grad_(), teacher, torch.arange(6))], **WEIGHTS)
     assert float(alone.detach()) == 0 and alone.requires_grad
 
 
@@ -103,29 +102,8 @@ def test_places_against_plain_loops() -> None:
     have = [[record for record in range(4) if mask[record, cell]] for cell in range(3)]
     told = [loops([student[r, cell] for r in records], [teacher[r, cell] for r in records])
             for cell, records in enumerate(have) if len(records) > 1]  # fmt: skip
-    found = place_relation(at_places(student, teacher, mask), **WEIGHTS)
+    found = place_relation([at_places(student, teacher, mask)], **WEIGHTS)
     assert float(found) == pytest.approx(sum(told) / 2, rel=1e-9)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("relation", [answer_relation, place_relation])
-def test_parts_beside_the_rest_pull_as_the_whole_does(relation, size: int) -> None:
-    """Six records at once, or a few at a time while the others stand beside them as constants."""
-    student, teacher = seeded(6, 3, 4), seeded(6, 3, 5, seed=1)
-
-    def made(states: Tensor, records: Tensor) -> RecordStates:
-        if relation is answer_relation:
-            return at_questions(states[records, 0], teacher[records, 0], torch.full((len(records),), 7))
-        return at_places(states[records], teacher[records], torch.ones(len(records), 3).bool())
-
-    whole, parts = (student.clone().requires_grad_() for _ in range(2))
-    relation(made(whole, torch.arange(6)), **WEIGHTS).backward()
-    for records in torch.arange(6).split(size):
-        rest = torch.tensor([record for record in range(6) if record not in records])
-        value = relation(made(parts, records), [made(student, one) for one in rest.split(2)], **WEIGHTS)
-        (value / (6 / size)).backward()
-    assert whole.grad is not None and float(whole.grad.abs().sum()) > 0.1
-    assert_close(parts.grad, whole.grad)
 
 
 def test_cells_of_other_batches_are_found_by_what_they_are() -> None:
@@ -136,13 +114,14 @@ def test_cells_of_other_batches_are_found_by_what_they_are() -> None:
     assert_close(before.student_RCD[:, 1], seeded(2, 3, 4)[:, 0])
 
 
-def test_the_newest_that_are_enough_are_kept() -> None:
-    given = [at_places(seeded(n, 1, 1), seeded(n, 1, 1), torch.ones(n, 1).bool()) for n in (2, 0, 2, 3)]
-    earlier, device = EarlierRecords(5), torch.device("cpu")
-    assert not earlier and earlier.completing(0, device) == []
-    earlier.remember(given)
-    told = {n: [one.n_records for one in earlier.completing(n, device)] for n in range(7)}
-    assert told == {0: [2, 3], 1: [2, 3], 2: [3], 3: [3], 4: [3], 5: [], 6: []}
+def test_parts_with_cells_of_their_own_are_related_where_they_meet() -> None:
+    leads = torch.arange(3.0)[:, None] * torch.tensor([1.0, 0, 0])
+    student, teacher = seeded(4, 3, 4), seeded(4, 3, 5, seed=1)
+    whole = place_relation([at_places(student, teacher, torch.ones(4, 3).bool(), leads)], **WEIGHTS)
+    turned = torch.tensor([2, 0, 1])
+    parts = [at_places(student[:2], teacher[:2], torch.ones(2, 3).bool(), leads),
+             at_places(student[2:, turned], teacher[2:, turned], torch.ones(2, 3).bool(), leads[turned])]  # fmt: skip
+    assert_close(place_relation(parts, **WEIGHTS), whole)
 
 
 def build(config: ObjectiveConfig) -> EvlObjective:
@@ -186,7 +165,7 @@ def test_a_teacher_is_followed_and_the_published_form_has_none_of_it() -> None:
     same = replace(student, side=batch.student)
     values = build(ONLY)(student, same, replace(batch, teacher=batch.student), output_head=make_head()).values
     assert float(values["rec_answer"].detach()) == 0 == float(values["rec_visual"].detach())
-    strict = build(ObjectiveConfig(lambda_r=1, strict=True, lambda_m=1, lambda_rec=5)).double()
+    strict = build(ObjectiveConfig(lambda_r=1, strict=True, lambda_m=1, lambda_ot=1, lambda_rec=5)).double()
     student, teacher = make_pair(batch)
     terms = strict(student, teacher, batch, output_head=make_head())
     assert set(terms.values) == {"ce", "mhca", "rel", "ot"}
@@ -195,27 +174,37 @@ def test_a_teacher_is_followed_and_the_published_form_has_none_of_it() -> None:
     assert set(unknown.values) == {"ce", "rec_visual"}, "nobody said which questions are the same"
 
 
-def test_a_small_batch_meets_the_records_of_earlier_ones() -> None:
-    batch, head = asked(make_batch()), make_head()
-    objective, alone = (build(replace(ONLY, records=RecordsConfig(least=least))) for least in (5, 0))
-    first = make_pair(batch)
-    objective(*first, batch, output_head=head)
-    assert objective.earlier is not None and objective.recent is not None and not objective.earlier
-    assert objective.recent.n_records == 3 and not objective.recent.student_RCD.requires_grad
-    objective.earlier.remember([objective.recent])
-    single = asked(make_batch(rows=1))
-    student, teacher = make_pair(single)
-    teacher = replace(teacher, hidden_BSD=teacher.hidden_BSD + 1, visual_BND=teacher.visual_BND.flip(2))
-    beside, without = (made(student, teacher, single, output_head=head).values for made in (objective, alone))
-    for name, leaf in (("rec_answer", student.hidden_BSD), ("rec_visual", student.visual_BND)):
-        assert float(without[name].detach()) == 0 < float(beside[name].detach())
-        assert float(torch.autograd.grad(beside[name], leaf, retain_graph=True)[0].abs().sum()) > 0
-    told = [made.counts(single) for made in (objective, alone)]
-    assert [(int(one["rec_answer"]), int(one["rec_visual"])) for one in told] == [(1, 4), (0, 0)]
-    again = build(replace(ONLY, records=RecordsConfig(least=5)))
-    assert again.earlier is not None
-    again.earlier.load_state_dict(objective.earlier.state_dict())
-    assert_close(again(student, teacher, single, output_head=head).values, beside, rtol=0, atol=0)
+def test_a_part_in_company_pulls_as_it_does_in_the_whole() -> None:
+    whole, head = asked(make_batch(rows=3)), make_head()
+    objective = build(ONLY)
+    student, teacher = make_pair(whole)
+    values = objective(student, teacher, whole, output_head=head).values
+    leaves = student.hidden_BSD, student.visual_BND
+    expected = [torch.autograd.grad(values[f"rec_{name}"], leaf, retain_graph=True)[0]
+                for name, leaf in zip(("answer", "visual"), leaves, strict=True)]  # fmt: skip
+    single, found = asked(make_batch(rows=1)), [torch.zeros_like(leaf) for leaf in leaves]
+    singles = [
+        [replace(outputs, hidden_BSD=outputs.hidden_BSD[row : row + 1], visual_BND=outputs.visual_BND[row : row + 1],
+                 side=side)
+         for outputs, side in ((student, single.student), (teacher, single.teacher))] for row in range(3)
+    ]  # fmt: skip
+    parts = tuple(objective.record_states(*pair, single).to("cpu") for pair in singles)
+    assert not any(part.student_QD.requires_grad or part.student_RCD.requires_grad for part in parts)
+    for row, pair in enumerate(singles):
+        alone = objective(*pair, single, output_head=head).values
+        terms = objective(*pair, single, output_head=head, company=Company(parts, row))
+        for place, name in enumerate(("rec_answer", "rec_visual")):
+            assert float(alone[name].detach()) == 0
+            assert_close(terms.values[name], values[name])
+            found[place] += torch.autograd.grad(terms.values[name], leaves[place], retain_graph=True)[0] / 3
+    for mine, theirs in zip(found, expected, strict=True):
+        assert float(theirs.abs().sum()) > 0
+        assert_close(mine, theirs)
+    filler = objective(*singles[0], single, output_head=head, company=Company(parts, None)).values["rec_answer"]
+    assert_close(filler, values["rec_answer"])
+    assert float(torch.autograd.grad(filler, student.hidden_BSD)[0].abs().sum()) == 0, "it weighs nothing"
+    told = objective.counts(single, across=True)
+    assert int(told["rec_answer"]) == int(told["rec_visual"]) == 1
 
 
 def test_further_rows_of_a_record_are_no_further_records() -> None:

@@ -102,6 +102,8 @@ def test_the_table_holds_means_paired_tests_and_failures():
     assert short[0] == "| method | p: macro AUC | evl minus this |" and short[2] == "| teacher | 0.900 |  |"
     assert short[3] == "| ce | 0.710 ± 0.010 (3 seeds) | +0.100 (+0.075 to +0.125) |"
     assert short[4:] == ["| evl | 0.810 ± 0.017 (3 seeds) |  |", "| uld | failed |  |"]
+    assert "evl minus the other method that was best on validation (p; Holm over these 1):" in table
+    assert f"- p, all training records: ce, +0.100 (+0.075 to +0.125), {p:.3f}, {p:.3f}" in table, "uld is not tuned"
     grown = dataclasses.replace(STUDY, methods={**STUDY.methods, "kl": Method()})
     assert "| kl | not run | | 0 | | |  |  |" in study_table(
         grown, {"cells": tuned() + cells, "chosen": chosen, "teachers": {}}

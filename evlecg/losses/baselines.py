@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from evlecg.errors import EvlecgError
 from evlecg.losses.bridge import Groups, answer_groups, class_log_probabilities, shared_classes
 from evlecg.losses.chunks import summed
-from evlecg.losses.records import first_rows
+from evlecg.losses.records import Company, first_rows
 from evlecg.losses.relation import page_grid, pool_to_cells
 from evlecg.losses.stable import full_precision, layer_normalised, masked_mean, zero_where_masked
 from evlecg.losses.terms import answer_count, answer_cross_entropy, frozen_reading, no_answers, weighted
@@ -61,7 +61,7 @@ class Baseline(nn.Module):
     reads: frozenset[str] = frozenset({"teacher", "logits"})
     reads_tokens = False
     least_rows = 1
-    earlier = None  # records that it keeps: none
+    relates_records = False  # across a step: see `Company`
 
     def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
+    def counts(self, batch: Batch, *, across: bool = False) -> dict[str, Tensor]:
         """See `EvlObjective.counts`."""
         assert batch.teacher is not None
         return {"ce": answer_count(batch.student), **self.sizes(batch.student, batch.teacher, batch)}
@@ -105,6 +105,7 @@ class Baseline(nn.Module):
         teacher_head: nn.Module | None = None,
         ramp: float = 1.0,
         diagnose: bool = False,
+        company: Company | None = None,
     ) -> LossTerms:
         """See `EvlObjective.forward`."""
         if teacher is None:

@@ -38,7 +38,7 @@ from evlecg.losses.alignment import (
 from evlecg.losses.baselines import BASELINES, Baseline
 from evlecg.losses.options import check_options
 from evlecg.losses.records import (
-    EarlierRecords,
+    Company,
     RecordStates,
     answer_relation,
     by_question,
@@ -74,7 +74,7 @@ class CeObjective(nn.Module):
 
     reads_tokens = False
     least_rows = 1
-    earlier = None  # records that it keeps: none
+    relates_records = False
 
     def __init__(self, config: ObjectiveConfig, *, student: ModelFacts, teacher: ModelFacts | None) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class CeObjective(nn.Module):
         """What it reads beyond the student's answer logits: nothing."""
         return frozenset()
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
+    def counts(self, batch: Batch, *, across: bool = False) -> dict[str, Tensor]:
         """See `EvlObjective.counts`."""
         return {"ce": answer_count(batch.student)}
 
@@ -98,6 +98,7 @@ class CeObjective(nn.Module):
         teacher_head: nn.Module | None = None,
         ramp: float = 1.0,
         diagnose: bool = False,
+        company: Company | None = None,
     ) -> LossTerms:
         """See `EvlObjective.forward`; reads `student` only."""
         return weighted({"ce": answer_cross_entropy(student.answer_logits, student.side.answer_ids_A)}, {"ce": 1})
@@ -117,8 +118,7 @@ class _Terms:
 class EvlObjective(nn.Module):
     """Cross-entropy, cross-attention alignment, optimal transport, geometric relations, and relations among records.
 
-    Where a batch holds fewer records than `objective.records.least`, those of earlier ones stand beside it: whoever
-    steps hands `recent`, the batch's, to `earlier.remember`.
+    Records are related within a batch, or, with a `Company`, within a step of several.
 
     Args:
         config: the recipe's objective.
@@ -139,8 +139,6 @@ class EvlObjective(nn.Module):
         check_options(config)
         self.uses_alignment, self.uses_relation, self.uses_transport = _terms_used(config)
         self.uses_answers, self.uses_places = _records_used(config)
-        self.recent: RecordStates | None = None
-        self.earlier = EarlierRecords(config.records.least) if self.uses_answers or self.uses_places else None
         self.aligns_tokens = not config.strict and config.align.features != "states"
         self.relates_aligned = self.uses_relation and (config.strict or config.relation.source == "aligned")
         if self.relates_aligned and not self.uses_alignment and not config.strict:
@@ -182,6 +180,11 @@ class EvlObjective(nn.Module):
             nn.init.orthogonal_(self.projection.weight, gain=gain)
 
     @property
+    def relates_records(self) -> bool:
+        """Whether records are related with one another."""
+        return self.uses_answers or self.uses_places
+
+    @property
     def needs(self) -> frozenset[str]:
         """What it reads: `teacher`, and of both models `hidden`, `visual` (a layer) or `projected` tokens."""
         return _evl_needs(self.config)
@@ -196,6 +199,7 @@ class EvlObjective(nn.Module):
         teacher_head: nn.Module | None = None,
         ramp: float = 1.0,
         diagnose: bool = False,
+        company: Company | None = None,
     ) -> LossTerms:
         """One step's loss.
 
@@ -207,6 +211,8 @@ class EvlObjective(nn.Module):
             teacher_head: the teacher's; read by `dskd` alone.
             ramp: share of the distillation weights in force. The anchor is exempt: it moves the aligner only, which
                 had better be right by the time the student is pulled toward it.
+            company: the step's records; None: the batch's are all. The value of a relation among them is that of the
+                whole step in every part, its gradient that which this part adds, as often as there are parts.
             diagnose: fill `diagnostics`. Costs a second pass of the terms with the teacher's batch rolled by one,
                 and waits for the device.
         """
@@ -225,13 +231,15 @@ class EvlObjective(nn.Module):
             return weighted(values, weights)
         if teacher is None:
             raise ValueError("this objective reads a teacher, and was given none")
-        terms = self._terms(student, teacher, batch, output_head)
-        diagnostics = self._diagnose(terms, student, teacher, batch, output_head) if diagnose else {}
+        terms = self._terms(student, teacher, batch, output_head, company)
+        diagnostics = self._diagnose(terms, student, teacher, batch, output_head, company) if diagnose else {}
         return weighted({**values, **terms.values}, weights, diagnostics)
 
     @torch.no_grad()
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
+    def counts(self, batch: Batch, *, across: bool = False) -> dict[str, Tensor]:
         """How many elements every term's mean is taken over: scalar tensors, from the batch alone.
+
+        `across`: records are related across the step (see `Company`).
 
         With them the parts of a step (batches summed into it, on all processes) weigh as their elements do, and come
         to what one batch of all records gives.
@@ -249,25 +257,33 @@ class EvlObjective(nn.Module):
             found["ot"] = (batch.teacher.visual_mask_BN.any(1) & side.visual_mask_BN.any(1)).sum()
         if self.uses_relation:
             found["rel"] = (self._related(side, batch.teacher).sum(1) > 1).sum()
-        fewest = 1 if self.earlier else 2  # records of a batch that are related: one is enough beside earlier ones
         if self.uses_answers and batch.asked_Q is not None:
-            found["rec_answer"] = (batch.asked_Q.unique(return_counts=True)[1] >= fewest).sum()
+            found["rec_answer"] = (batch.asked_Q.unique(return_counts=True)[1] > 1).sum()
         if self.uses_places:
             halves = (side, batch.teacher)
             masks = [self._places(half, half.visual_box_BN4[..., :0], batch)[1] for half in halves]
-            found["rec_visual"] = ((masks[0] & masks[1]).sum(0) >= fewest).sum()
+            found["rec_visual"] = ((masks[0] & masks[1]).sum(0) > 1).sum()
+        if across:  # every part holds the whole step's
+            found |= {name: torch.ones_like(found[name]) for name in ("rec_answer", "rec_visual") if name in found}
         return found
 
     def _terms(
-        self, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module, *, rolled: bool = False
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        output_head: nn.Module,
+        company: Company | None,
+        *,
+        rolled: bool = False,
     ) -> _Terms:
         """Every distillation term, before weighting.
 
         Args:
-            student, teacher, batch, output_head: as for `forward`.
+            student, teacher, batch, output_head, company: as for `forward`.
             rolled: every student meets the teacher of the next record in its place.
         """
-        terms, among = _Terms(), self._among_records(student, teacher, batch, rolled=rolled)
+        terms, among = _Terms(), self._among_records(student, teacher, batch, company, rolled=rolled)
         teacher = _rolled(teacher) if rolled else teacher
         if self.aligner is not None:
             terms = self._alignment(self.aligner, student, teacher, batch, output_head)
@@ -279,24 +295,27 @@ class EvlObjective(nn.Module):
             terms = replace(terms, values={**terms.values, "rel": loss}, cell_mask_BC=cell_mask_BC)
         return replace(terms, values={**terms.values, **among})
 
-    def _among_records(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool) -> dict[str, Tensor]:
-        """Relations among the records of the batch and, where these are few, earlier ones."""
-        if self.earlier is None:
+    def _among_records(
+        self, student: Outputs, teacher: Outputs, batch: Batch, company: Company | None, *, rolled: bool
+    ) -> dict[str, Tensor]:
+        """Relations among the records of the batch, or of the whole step."""
+        if not self.relates_records:
             return {}
         config = self.config.records
-        states = self._record_states(student, teacher, batch, rolled=rolled)
-        if not rolled:
-            self.recent = states.constant()
-        earlier = self.earlier.completing(states.n_records, states.asked_Q.device)
+        states = self.record_states(student, teacher, batch, rolled=rolled)
+        parts = [states] if company is None else company.around(states)
         weights, found = {"distance": config.distance, "cosine": config.cosine}, {}
         if self.uses_answers and batch.asked_Q is not None:
-            found["rec_answer"] = answer_relation(states, earlier, **weights)
+            found["rec_answer"] = answer_relation(parts, **weights)
         if self.uses_places:
-            found["rec_visual"] = place_relation(states, earlier, **weights)
-        return found
+            found["rec_visual"] = place_relation(parts, **weights)
+        if company is None:
+            return found
+        own = sum(value.sum() * 0 for value in (states.student_QD, states.student_RCD))  # a part that does not count
+        return {name: own + value + (len(parts) - 1) * (value - value.detach()) for name, value in found.items()}
 
-    def _record_states(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool) -> RecordStates:
-        """What the records of the batch are related by."""
+    def record_states(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool = False) -> RecordStates:
+        """What the records of a batch are related by; `rolled`: each student by the next one's teacher."""
         asked_Q, sides = batch.asked_Q, (student, teacher)
         if self.uses_answers and asked_Q is not None:
             ours_QD, theirs_QE = (question_states(outputs.hidden_BSD, outputs.side) for outputs in sides)
@@ -314,7 +333,7 @@ class EvlObjective(nn.Module):
             mask_RC = torch.zeros(0, 0, dtype=torch.bool, device=ours_QD.device)
             ours_RCD, theirs_RCE = (ours_QD.new_zeros(0, 0, 1) for _ in sides)
         return RecordStates(
-            len(first_rows(batch)), ours_QD, theirs_QE, asked_Q, ours_RCD, theirs_RCE, mask_RC,
+            ours_QD, theirs_QE, asked_Q, ours_RCD, theirs_RCE, mask_RC,
             self._cells(batch, mask_RC.shape[1]),
         )  # fmt: skip
 
@@ -472,7 +491,13 @@ class EvlObjective(nn.Module):
 
     @torch.no_grad()
     def _diagnose(
-        self, terms: _Terms, student: Outputs, teacher: Outputs, batch: Batch, output_head: nn.Module
+        self,
+        terms: _Terms,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        output_head: nn.Module,
+        company: Company | None,
     ) -> dict[str, float]:
         """Numbers that tell a working term from a hollow one; what is undefined is absent.
 
@@ -494,7 +519,7 @@ class EvlObjective(nn.Module):
         if terms.cell_mask_BC is not None:
             found["rel_cells"] = float(terms.cell_mask_BC.sum(1).float().mean())
         if len(teacher.hidden_BSD) > 1:
-            rolled = self._terms(student, teacher, batch, output_head, rolled=True)
+            rolled = self._terms(student, teacher, batch, output_head, company, rolled=True)
             for name, value in terms.values.items():
                 found[f"{name}_rolled_gap"] = float(rolled.values[name] - value)
         return {name: value for name, value in found.items() if value is not None}

@@ -6,8 +6,9 @@ question and is about to answer it, and the visual token at the same spot of the
 records need no projection, no common tokenizer and no common grid. Relating whole records goes back to RKD (Park 2019);
 the answer states, and one place of the page at a time, are our own. recipes/studies/ says what they gain.
 
-Large models leave room for few records a batch. Their states then meet those of the batches before, as these were:
-constants of a step or a few ago, like the memory of He et al. 2020 (MoCo) and Wang et al. 2020 (cross-batch memory).
+Large models leave room for few records a batch. Then all records of a step are related, batch after batch: each meets
+the states of the others as a first pass without gradient gave them, so that the step's gradient is that of one batch
+(the gradient cache of Gao et al. 2021). States of earlier steps will not do (recipes/studies/README.md).
 
 Shape legend: B rows, S positions, Q questions of the batch (row by row), G different questions, R records, C cells,
 D student width, E teacher width.
@@ -16,9 +17,8 @@ D student width, E teacher width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ class RecordStates:
     """What records are related by.
 
     Attributes:
-        n_records: how many there are.
         student_QD, teacher_QE: from `question_states`, one for one; no rows where questions are not related.
         asked_Q: int, which question each is.
         student_RCD, teacher_RCE: visual tokens pooled into cells (`pool_to_cells`), one row a record; no rows where
@@ -41,7 +40,6 @@ class RecordStates:
         cell_C3: what a cell is, the same numbers in every batch; NaN where nobody knows.
     """
 
-    n_records: int
     student_QD: Tensor
     teacher_QE: Tensor
     asked_Q: Tensor
@@ -50,13 +48,10 @@ class RecordStates:
     mask_RC: Tensor
     cell_C3: Tensor
 
-    def constant(self) -> RecordStates:
-        """The same values without gradient."""
-        return self._each(Tensor.detach)
-
     def to(self, device: torch.device | str) -> RecordStates:
-        """The same on a device."""
-        return self._each(lambda value: value.to(device))
+        """The same without gradient, on a device."""
+        held = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return RecordStates(**{name: value.detach().to(device) for name, value in held.items()})
 
     def among(self, cell_C3: Tensor) -> RecordStates:
         """The same with the cells of another batch; those that it lacks are masked."""
@@ -67,49 +62,22 @@ class RecordStates:
             mask_RC=self.mask_RC[:, place_C] & found_C, cell_C3=cell_C3,
         )  # fmt: skip
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> RecordStates:
-        held = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "n_records"}
-        return RecordStates(self.n_records, **{name: change(value) for name, value in held.items()})
 
+@dataclass(frozen=True)
+class Company:
+    """The records of a whole step, of which a batch is a part.
 
-class EarlierRecords:
-    """The states of the last records that were stepped on, kept for batches that hold too few; saved with checkpoints.
-
-    Args:
-        least: records that are kept: no fewer, once there were so many, and no batch more than it takes.
+    Attributes:
+        parts: of every batch and process that has records.
+        place: which of them the batch is; None where it has no record that counts.
     """
 
-    def __init__(self, least: int) -> None:
-        self.least = least
-        self._kept: list[RecordStates] = []
+    parts: tuple[RecordStates, ...]
+    place: int | None
 
-    def __bool__(self) -> bool:
-        return bool(self._kept)
-
-    def remember(self, states: Sequence[RecordStates]) -> None:
-        """Keeps the states of a batch: on several processes those of all, so that they keep the same."""
-        self._kept.extend(one for one in states if one.n_records)
-        self._kept = self._newest(self.least)
-
-    def completing(self, n_records: int, device: torch.device) -> list[RecordStates]:
-        """The fewest of the last ones with which a batch of `n_records` has enough."""
-        return [states.to(device) for states in self._newest(self.least - n_records)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that is kept."""
-        return {"kept": [dict(vars(states)) for states in self._kept]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What a checkpoint kept."""
-        self._kept = [RecordStates(**states) for states in state["kept"]]
-
-    def _newest(self, n_records: int) -> list[RecordStates]:
-        found: list[RecordStates] = []
-        for states in reversed(self._kept):
-            if sum(one.n_records for one in found) >= n_records:
-                break
-            found.insert(0, states)
-        return found
+    def around(self, states: RecordStates) -> list[RecordStates]:
+        """All parts, the batch's own on the graph."""
+        return [states if number == self.place else part for number, part in enumerate(self.parts)]
 
 
 def first_rows(batch: Batch) -> Tensor:
@@ -150,47 +118,36 @@ def of_neighbours(states_QD: Tensor, asked_Q: Tensor) -> Tensor:
     return states_QD[next_Q[order_Q.argsort()]]
 
 
-def answer_relation(
-    states: RecordStates, earlier: Sequence[RecordStates] = (), *, distance: float, cosine: float
-) -> Tensor:
+def answer_relation(parts: Sequence[RecordStates], *, distance: float, cosine: float) -> Tensor:
     """Relations among the states that answer the same question, averaged over questions that were asked twice or more.
 
     Args:
-        states: of a batch.
-        earlier: of batches before it, which stand beside it as constants.
+        parts: of the batches that are related as one.
         distance, cosine: weights, as of `relation_loss`.
     """
-    all_of = [states, *earlier]
-    asked_Q = torch.cat([one.asked_Q for one in all_of])
-    student_GRD, mask_GR = by_question(torch.cat([one.student_QD for one in all_of]), asked_Q)
-    teacher_GRE, _ = by_question(torch.cat([one.teacher_QE for one in all_of]), asked_Q)
-    fresh_GR = None
-    if earlier:
-        fresh_Q1 = (torch.arange(len(asked_Q), device=asked_Q.device) < len(states.asked_Q))[:, None].float()
-        fresh_GR = by_question(fresh_Q1, asked_Q)[0][..., 0] > 0
-    return relation_loss(student_GRD, teacher_GRE, mask_GR, distance=distance, cosine=cosine, fresh_BN=fresh_GR)
+    asked_Q, student_QD, teacher_QE = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("asked_Q", "student_QD", "teacher_QE")
+    )
+    student_GRD, mask_GR = by_question(student_QD, asked_Q)
+    teacher_GRE, _ = by_question(teacher_QE, asked_Q)
+    return relation_loss(student_GRD, teacher_GRE, mask_GR, distance=distance, cosine=cosine)
 
 
-def place_relation(
-    states: RecordStates, earlier: Sequence[RecordStates] = (), *, distance: float, cosine: float
-) -> Tensor:
+def place_relation(parts: Sequence[RecordStates], *, distance: float, cosine: float) -> Tensor:
     """Relations among records at the same cell, averaged over cells that two records or more have.
 
     Args:
-        states, earlier, distance, cosine: as of `answer_relation`.
+        parts, distance, cosine: as of `answer_relation`.
     """
-    all_of = [states, *(one.among(states.cell_C3) for one in earlier)]
+    cell_C3 = torch.cat([part.cell_C3 for part in parts]).unique(dim=0) if len(parts) > 1 else None
+    if cell_C3 is not None:
+        parts = [part.among(cell_C3) for part in parts]
     student_RCD, teacher_RCE, mask_RC = (
-        torch.cat([getattr(one, name) for one in all_of]) for name in ("student_RCD", "teacher_RCE", "mask_RC")
+        torch.cat([getattr(part, name) for part in parts]) for name in ("student_RCD", "teacher_RCE", "mask_RC")
     )
-    fresh_CR = None
-    if earlier:
-        fresh_R = torch.arange(len(mask_RC), device=mask_RC.device) < len(states.mask_RC)
-        fresh_CR = fresh_R.expand(mask_RC.shape[1], -1)
     return relation_loss(
-        student_RCD.transpose(0, 1), teacher_RCE.transpose(0, 1), mask_RC.T, distance=distance, cosine=cosine,
-        fresh_BN=fresh_CR,
-    )  # fmt: skip
+        student_RCD.transpose(0, 1), teacher_RCE.transpose(0, 1), mask_RC.T, distance=distance, cosine=cosine
+    )
 
 
 def _in_groups(asked_Q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

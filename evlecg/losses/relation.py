@@ -81,13 +81,7 @@ def cosine_relation(tokens_BND: Tensor, mask_BN: Tensor) -> Tensor:
 
 @full_precision
 def relation_loss(
-    student_BND: Tensor,
-    target_BNE: Tensor,
-    mask_BN: Tensor,
-    *,
-    distance: float = 0.5,
-    cosine: float = 0.5,
-    fresh_BN: Tensor | None = None,
+    student_BND: Tensor, target_BNE: Tensor, mask_BN: Tensor, *, distance: float = 0.5, cosine: float = 0.5
 ) -> Tensor:
     """Squared difference of the relations on both sides: 1/N^2 sum_ij, averaged over samples with at least two tokens.
 
@@ -100,9 +94,6 @@ def relation_loss(
         mask_BN: bool, tokens that both sides have.
         distance: weight of the distance relation.
         cosine: weight of the cosine relation.
-        fresh_BN: bool, the F tokens that move, the others being constants to relate them to. The gradient is N/F times
-            that of the value, so that its mean over parts that are fresh in turn, each beside the rest, is that of all
-            tokens at once.
 
     Source:
         METHOD, term 3; arXiv 2605.29977. Relations: Park et al. 2019.
@@ -113,10 +104,6 @@ def relation_loss(
         if weight:
             difference_BNN = relation(student_BND, mask_BN) - relation(target_BNE, mask_BN)
             error_B = error_B + weight * difference_BNN.square().sum((1, 2)) / count_B.square().clamp_min(1)
-    if fresh_BN is not None:
-        fresh_B = (fresh_BN & mask_BN).sum(1)
-        error_B = error_B + (count_B / fresh_B.clamp_min(1) - 1) * (error_B - error_B.detach())
-        return masked_mean(error_B, (count_B > 1) & (fresh_B > 0))
     return masked_mean(error_B, count_B > 1)
 
 

@@ -55,6 +55,7 @@ def study_table(study: Study, told: Mapping[str, Any]) -> str:
             )
         lines.append("")
         lines += _by_basis(study, told, pair, size)
+    lines += _named(study, told, tests)
     failed = [cell for cell in told["cells"] if cell["auc"] is None]
     seconds = sum(cell["seconds"] or 0 for cell in told["cells"])
     left = f" {told['left']} runs are left to do." if told.get("left") else ""
@@ -90,6 +91,40 @@ def study_summary(study: Study, told: Mapping[str, Any]) -> str:
             summary = f"{_summary(over_seeds(scores))} ({len(scores)} seeds)" if scores else _missing(here, name)
             rows[name] += [summary, _test(tests.get((study.leader, pair, size, name)), p_too=False)]
     return "\n".join([*lines, *("| " + " | ".join([name, *texts]) + " |" for name, texts in rows.items()), ""])
+
+
+def _named(
+    study: Study, told: Mapping[str, Any], tests: Mapping[Comparison, tuple[SeedTest, float | None]]
+) -> list[str]:
+    """One comparison for each pair of models and size: against the method that validation names, whatever test says."""
+    named: dict[tuple[str, int | None], tuple[str, SeedTest]] = {}
+    for pair, size in itertools.product(study.pairs, study.sizes):
+        kinds = {
+            name: load_recipe(study.recipe, {**study.pairs[pair], **method.set}).effective_method
+            for name, method in study.methods.items()
+        }
+        scores = {
+            row["method"]: row["validation_auc"]
+            for row in told["chosen"]
+            if (row["pair"], row["size"]) == (pair, size) and row["validation_auc"] is not None
+        }
+        rivals = [
+            name
+            for name in study.methods
+            if name in scores and kinds[name] != kinds[study.leader] and (study.leader, pair, size, name) in tests
+        ]
+        if rivals:
+            best = max(rivals, key=scores.__getitem__)
+            named[pair, size] = best, tests[study.leader, pair, size, best][0]
+    if not named:
+        return []
+    corrected = holm([test.p for _, test in named.values()])
+    lines = [
+        f"{study.leader} minus the other method that was best on validation (p; Holm over these {len(named)}):", ""
+    ]  # fmt: skip
+    for ((pair, size), (best, test)), adjusted in zip(named.items(), corrected, strict=True):
+        lines.append(f"- {pair}, {_records(size)}: {best}, {_test((test, adjusted))}")
+    return [*lines, ""]
 
 
 def _records(size: int | None) -> str:

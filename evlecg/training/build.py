@@ -184,10 +184,10 @@ def build(
     needs = objective.needs
     if teacher is not None:
         check_labels(teacher, labels, needs, progress)
-    _check_method(recipe, needs, len(samples))
+    processes = accelerator.num_processes
+    _check_method(recipe, objective, len(samples), processes)
     if recipe.effective_method == "seqkd" and teacher is not None:
         builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
-    processes = accelerator.num_processes
     batches = epoch_batches(
         len(samples), train.batch_size, seed=recipe.seed, epoch=0, processes=processes, lengths=text_length_N,
         bucket=train.bucket,
@@ -242,15 +242,22 @@ def load_teacher(recipe: Recipe, checkpoint: models.Checkpoint, processor: Any, 
     return loaded
 
 
-def _check_method(recipe: Recipe, needs: frozenset[str], n_samples: int) -> None:
+def _check_method(recipe: Recipe, objective: Any, n_samples: int, processes: int) -> None:
     """What a method asks of the rest of the recipe."""
-    from evlecg.losses.objective import METHODS
-
-    name = recipe.effective_method
-    rows = min(recipe.train.batch_size, n_samples)
-    if rows < METHODS[name].least_rows:
+    name, train, needs = recipe.effective_method, recipe.train, objective.needs
+    rows = min(train.batch_size, n_samples)
+    if rows < objective.least_rows:
         raise EvlecgError(f"{name} compares the records of a batch with one another: {rows} are too few",
-                          where="train.batch_size", hint=f"at least {METHODS[name].least_rows}")  # fmt: skip
+                          where="train.batch_size", hint=f"at least {objective.least_rows}")  # fmt: skip
+    parts = train.accumulation * processes if rows < recipe.objective.records.least else 1
+    if objective.relates_records and rows * parts < 2:
+        raise EvlecgError("relations among records need several of them, and see one at a time",
+                          where="train.batch_size", hint="at least 2, or train.accumulation=16 with "
+                          "objective.records.least above 1; or objective.lambda_rec=0")  # fmt: skip
+    if name == "evl" and not needs:
+        raise EvlecgError("every distillation term weighs nothing, so that the teacher would not be read",
+                          where="objective", hint="--method ce; or a weight: objective.lambda_rec=10, or, with strict, "
+                          "those of --recipe paper")  # fmt: skip
     if recipe.train.compile and "attention" in needs:
         raise EvlecgError(f"{name} reads queries and keys inside a layer, which a compiled one does not show",
                           where="train.compile", hint="set train.compile=false")  # fmt: skip

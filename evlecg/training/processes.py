@@ -132,7 +132,6 @@ def prepared(accelerator: Any, recipe: Recipe, model: Any, objective: Any, *, to
 
     objective.to(accelerator.device)
     own = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    kept = ([objective] if own else []) + ([objective.earlier] if objective.earlier is not None else [])
     if accelerator.num_processes > 1:
         for parameter in own:
             parameter.data.copy_(broadcast(parameter.data))
@@ -140,7 +139,8 @@ def prepared(accelerator: Any, recipe: Recipe, model: Any, objective: Any, *, to
         optimizer = optimizer_of(recipe, model, objective)
         schedule = _schedule(recipe, optimizer, total_steps)
         model, optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(*kept, schedule)
+        for part in ([objective] if own else []) + [schedule]:
+            accelerator.register_for_checkpointing(part)
         return model, optimizer, schedule
     optimizer = optimizer_of(recipe, model, None)
     schedule = _schedule(recipe, optimizer, total_steps)
@@ -148,11 +148,11 @@ def prepared(accelerator: Any, recipe: Recipe, model: Any, objective: Any, *, to
         _cut_at_layers(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if not own:
-        accelerator.register_for_checkpointing(*kept, schedule)
+        accelerator.register_for_checkpointing(schedule)
         return model, optimizer, schedule
     beside = optimizer_of(recipe, None, objective)
     schedule = Together(schedule, _schedule(recipe, beside, total_steps))
-    accelerator.register_for_checkpointing(*kept, beside, schedule)
+    accelerator.register_for_checkpointing(objective, beside, schedule)
     return model, Together(optimizer, beside), schedule
 
 

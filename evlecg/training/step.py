@@ -4,7 +4,8 @@ A step may have several parts: batches that are summed into it, on several proce
 masks leave, and parts rarely have the same number of that (answer tokens, positions, records with tokens on both
 sides); the last ones of an epoch may have no record at all. So every term of a part weighs as its elements do, and the
 step is the one that a single batch of all records would be. What it cannot be equal in: terms that compare the records
-of a batch with one another (rkd), or take a statistic over it (dskd; batch normalisation); dropout.
+of a batch with one another (rkd; relations among records where a batch has `objective.records.least`), or take a
+statistic over it (dskd; batch normalisation); dropout.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
     told: dict[str, Any] = {}
     gradients = gradients and not job.sharded  # a term's gradient by itself cannot be taken on shards
     shares = step_shares(job, group)
+    taught, company = _first_pass(job, group) if relates_across(job, group) else (None, [None] * len(group))
     tells = diagnose or gradients
     sums: dict[str, Any] = {}
     total: Any = 0.0
@@ -102,17 +104,17 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
                 )  # fmt: skip
             terms = job.objective(
                 outputs,
-                job.signal(batch) if job.signal is not None else None,
+                _taught(job, batch) if taught is None else taught[number - 1],
                 batch,
                 output_head=AnswerHead(job.student),
                 teacher_head=_teacher_head(job),
                 ramp=_ramp(recipe.objective.warmup, state.step, job.total_steps),
                 diagnose=diagnose and last,
+                company=company[number - 1],
             )
             if not all_finite(job, terms.total):
                 job.optimizer.zero_grad()
                 return None
-            _remember(job, batch)
             balance = recipe.objective.balance != "none" and state.step % recipe.objective.balance_every == 0
             if first and balance:
                 state.scales = balanced(state.scales, term_gradients(job, terms, shares), terms.weights)
@@ -151,18 +153,51 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
     return told
 
 
-def _remember(job: Job, batch: Any) -> None:
-    """Keeps what relates the records of a batch to those of later ones, where batches are small; on all processes."""
+def _taught(job: Job, batch: Any) -> Any:
+    """The teacher's outputs for a batch; None where it is not read."""
+    return job.signal(batch) if job.signal is not None else None
+
+
+def relates_across(job: Job, group: list[Any]) -> bool:
+    """Whether the records of all batches of a step are related with one another, since one batch holds few."""
+    few = job.recipe.train.batch_size < job.recipe.objective.records.least
+    return job.objective.relates_records and few and len(group) * job.processes > 1
+
+
+def _first_pass(job: Job, group: list[Any]) -> tuple[list[Any], list[Any]]:
+    """What the teacher gives for every batch of a group, and the company in which each batch's records are related.
+
+    One forward pass of the student without gradient; on several processes all of them meet the records of all.
+    """
+    import torch
     from accelerate.utils import gather_object
 
-    earlier = job.objective.earlier
-    if earlier is None or job.recipe.train.batch_size >= earlier.least:
-        return
-    states = job.objective.recent
-    if not batch.counted:
-        states = dataclasses.replace(states, n_records=0)
-    told = gather_object([states.to("cpu")]) if job.processes > 1 else [states]
-    earlier.remember([one.to(job.accelerator.device) for one in told])
+    from evlecg.losses.records import Company
+    from evlecg.models.outputs import forward, to_device
+
+    device, layer = job.accelerator.device, job.recipe.objective.visual_layer
+    taught, mine = [], []
+    for batch in group:
+        batch = to_device(batch, device)
+        with torch.no_grad(), job.accelerator.autocast():
+            outputs = forward(job.student, batch.student, visual_layer=layer, model=job.model)
+            teacher = job.signal(batch)
+            states = job.objective.record_states(outputs, teacher, batch)
+        # its inputs (pixels) would all be on the device at once
+        taught.append(dataclasses.replace(teacher, side=dataclasses.replace(teacher.side, inputs={})))
+        mine.append(states if batch.counted else None)
+    if job.processes == 1:
+        everyone, rank = [mine], 0
+    else:
+        told = gather_object([[states and states.to("cpu") for states in mine]])
+        everyone, rank = (
+            [[states and states.to(device) for states in one] for one in told],
+            job.accelerator.process_index,
+        )
+    places = [(process, number) for process, one in enumerate(everyone) for number, states in enumerate(one) if states]
+    parts = tuple(everyone[process][number] for process, number in places)
+    company = [Company(parts, places.index((rank, number)) if states else None) for number, states in enumerate(mine)]
+    return taught, company
 
 
 @dataclass(frozen=True)
@@ -191,7 +226,8 @@ def step_shares(job: Job, group: list[Any]) -> Shares | None:
         # the inputs (pixels) are not counted, and would all be on the device at once
         sides = {role: getattr(batch, role) for role in ("student", "teacher")}
         sides = {role: dataclasses.replace(side, inputs={}) for role, side in sides.items() if side is not None}
-        counted = job.objective.counts(to_device(dataclasses.replace(batch, **sides), job.accelerator.device))
+        counted = job.objective.counts(to_device(dataclasses.replace(batch, **sides), job.accelerator.device),
+                                       across=relates_across(job, group))  # fmt: skip
         counts.append({name: count.float() * batch.counted for name, count in counted.items()})
     names = list(counts[0])
     count_GK = torch.stack([torch.stack([part[name] for name in names]) for part in counts])

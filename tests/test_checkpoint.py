@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from evlecg.distill import distill
 from evlecg.errors import EvlecgError, RunFailed
@@ -202,6 +203,18 @@ def test_a_run_goes_on_as_it_was_begun(checkpoints, synthetic, whole, tmp_path):
         job.accelerator.num_processes, job.prepared.fingerprint = 1, "another"
         with pytest.raises(EvlecgError, match="other data"):
             checkpoint.restore(job, run, Progress())
+
+
+def test_a_checkpoint_of_another_make_is_told(checkpoints, synthetic, whole, tmp_path, monkeypatch):
+    registered = Accelerator.register_for_checkpointing
+    monkeypatch.setattr(
+        Accelerator, "register_for_checkpointing", lambda self, *parts: registered(self, *parts, *parts)
+    )
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "student")
+    with pytest.raises(EvlecgError, match="does not fit: Number of custom checkpoints") as told:
+        distill(alone(checkpoints, "train.epochs=1", "checkpoint.keep_last=3"), data=synthetic, out=run, resume=True)
+    assert "another version" in told.value.hint and (run / "checkpoints" / "step-00000003").is_dir()
 
 
 def test_a_teacher_that_has_changed_is_found_out(checkpoints, synthetic, tmp_path):

@@ -102,8 +102,18 @@ def restore(job: Job, out: Path, progress: Progress) -> Position:
 
 
 def load(job: Job, folder: Path) -> Position:
-    """Puts a checkpoint's state into the job; returns where it stands."""
-    job.accelerator.load_state(str(folder))
+    """Puts a checkpoint's state into the job; returns where it stands.
+
+    Raises:
+        EvlecgError: the state is that of a run of another make.
+    """
+    try:
+        job.accelerator.load_state(str(folder))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise EvlecgError(
+            f"the checkpoint does not fit: {str(error).splitlines()[0]}", where=folder,
+            hint="another version began the run: go on with that one, or begin anew with another --out",
+        ) from error  # fmt: skip
     return Position(**_read(folder / POSITION))
 
 

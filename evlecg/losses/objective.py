@@ -15,6 +15,7 @@ student width, E teacher width, C cells, A answer tokens in the batch, V vocabul
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,7 +44,6 @@ from evlecg.losses.records import (
     answer_relation,
     by_question,
     first_rows,
-    of_neighbours,
     place_relation,
     question_states,
 )
@@ -185,6 +185,11 @@ class EvlObjective(nn.Module):
         return self.uses_answers or self.uses_places
 
     @property
+    def reads_teacher_beside_records(self) -> bool:
+        """Whether a term reads more of the teacher than a `Company` holds."""
+        return self.uses_alignment or self.uses_relation or self.uses_transport
+
+    @property
     def needs(self) -> frozenset[str]:
         """What it reads: `teacher`, and of both models `hidden`, `visual` (a layer) or `projected` tokens."""
         return _evl_needs(self.config)
@@ -205,7 +210,7 @@ class EvlObjective(nn.Module):
 
         Args:
             student: on the graph.
-            teacher: without gradient, the same records in the same order.
+            teacher: without gradient, the same records in the same order; None where `company` holds what is read.
             batch: names the lead x time cells; its halves are those of the outputs.
             output_head: the student's (`models.outputs.AnswerHead`); read frozen, by the anchor.
             teacher_head: the teacher's; read by `dskd` alone.
@@ -229,7 +234,7 @@ class EvlObjective(nn.Module):
         }
         if not self.needs:
             return weighted(values, weights)
-        if teacher is None:
+        if teacher is None and (self.reads_teacher_beside_records or company is None):
             raise ValueError("this objective reads a teacher, and was given none")
         terms = self._terms(student, teacher, batch, output_head, company)
         diagnostics = self._diagnose(terms, student, teacher, batch, output_head, company) if diagnose else {}
@@ -270,7 +275,7 @@ class EvlObjective(nn.Module):
     def _terms(
         self,
         student: Outputs,
-        teacher: Outputs,
+        teacher: Outputs | None,
         batch: Batch,
         output_head: nn.Module,
         company: Company | None,
@@ -284,6 +289,8 @@ class EvlObjective(nn.Module):
             rolled: every student meets the teacher of the next record in its place.
         """
         terms, among = _Terms(), self._among_records(student, teacher, batch, company, rolled=rolled)
+        if teacher is None:
+            return replace(terms, values=among)
         teacher = _rolled(teacher) if rolled else teacher
         if self.aligner is not None:
             terms = self._alignment(self.aligner, student, teacher, batch, output_head)
@@ -296,46 +303,50 @@ class EvlObjective(nn.Module):
         return replace(terms, values={**terms.values, **among})
 
     def _among_records(
-        self, student: Outputs, teacher: Outputs, batch: Batch, company: Company | None, *, rolled: bool
+        self, student: Outputs, teacher: Outputs | None, batch: Batch, company: Company | None, *, rolled: bool
     ) -> dict[str, Tensor]:
-        """Relations among the records of the batch, or of the whole step."""
-        if not self.relates_records:
+        """Relations among the records of the batch, or of the whole step; of neighbours those of the batch alone."""
+        if not self.relates_records or (rolled and company is not None):
             return {}
-        config = self.config.records
-        states = self.record_states(student, teacher, batch, rolled=rolled)
-        parts = [states] if company is None else company.around(states)
-        weights, found = {"distance": config.distance, "cosine": config.cosine}, {}
-        if self.uses_answers and batch.asked_Q is not None:
-            found["rec_answer"] = answer_relation(parts, **weights)
-        if self.uses_places:
-            found["rec_visual"] = place_relation(parts, **weights)
         if company is None:
-            return found
-        own = sum(value.sum() * 0 for value in (states.student_QD, states.student_RCD))  # a part that does not count
-        return {name: own + value + (len(parts) - 1) * (value - value.detach()) for name, value in found.items()}
+            assert teacher is not None
+            states = self.record_states(student, teacher, batch)
+            return self._relations([states.rolled() if rolled else states], batch)
+        ours_QD, ours_RCD, _ = self._record_half(student, batch)
+        parts = list(company.parts)
+        if company.place is not None:
+            parts[company.place] = replace(parts[company.place], student_QD=ours_QD, student_RCD=ours_RCD)
+        on_graph = ours_QD.sum() * 0 + ours_RCD.sum() * 0  # also where the batch does not count
+        found = self._relations(parts, batch)
+        return {name: on_graph + value + (len(parts) - 1) * (value - value.detach()) for name, value in found.items()}
 
-    def record_states(self, student: Outputs, teacher: Outputs, batch: Batch, *, rolled: bool = False) -> RecordStates:
-        """What the records of a batch are related by; `rolled`: each student by the next one's teacher."""
-        asked_Q, sides = batch.asked_Q, (student, teacher)
-        if self.uses_answers and asked_Q is not None:
-            ours_QD, theirs_QE = (question_states(outputs.hidden_BSD, outputs.side) for outputs in sides)
-            theirs_QE = of_neighbours(theirs_QE, asked_Q) if rolled else theirs_QE
-        else:
-            asked_Q = batch.record_B.new_zeros(0)
-            ours_QD, theirs_QE = (outputs.hidden_BSD.new_zeros(0, outputs.hidden_BSD.shape[2]) for outputs in sides)
+    def _relations(self, parts: Sequence[RecordStates], batch: Batch) -> dict[str, Tensor]:
+        config, found = self.config.records, {}
+        if self.uses_answers and batch.asked_Q is not None:
+            found["rec_answer"] = answer_relation(parts, distance=config.distance, cosine=config.cosine)
         if self.uses_places:
-            sides = (student, _rolled(teacher) if rolled else teacher)
-            (ours_RCD, mask_RC), (theirs_RCE, their_mask_RC) = (
-                self._places(outputs.side, _tokens(outputs, self.config.records.features), batch) for outputs in sides
-            )
-            mask_RC = mask_RC & their_mask_RC
-        else:
-            mask_RC = torch.zeros(0, 0, dtype=torch.bool, device=ours_QD.device)
-            ours_RCD, theirs_RCE = (ours_QD.new_zeros(0, 0, 1) for _ in sides)
-        return RecordStates(
-            ours_QD, theirs_QE, asked_Q, ours_RCD, theirs_RCE, mask_RC,
-            self._cells(batch, mask_RC.shape[1]),
-        )  # fmt: skip
+            found["rec_visual"] = place_relation(parts, distance=config.distance, cosine=config.cosine)
+        return found
+
+    def record_states(self, student: Outputs, teacher: Outputs, batch: Batch) -> RecordStates:
+        """What the records of a batch are related by."""
+        (ours_QD, ours_RCD, mask_RC), (theirs_QE, theirs_RCE, their_mask_RC) = (
+            self._record_half(outputs, batch) for outputs in (student, teacher)
+        )
+        asked_Q = batch.record_B.new_zeros(0) if batch.asked_Q is None or not self.uses_answers else batch.asked_Q
+        cell_C3 = self._cells(batch, mask_RC.shape[1])
+        return RecordStates(ours_QD, theirs_QE, asked_Q, ours_RCD, theirs_RCE, mask_RC & their_mask_RC, cell_C3)
+
+    def _record_half(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """One model's states [Q, D] at questions and [R, C, D] at places, and which places [R, C] it has."""
+        hidden_BSD = outputs.hidden_BSD
+        states_QD, places_RCD = hidden_BSD.new_zeros(0, hidden_BSD.shape[2]), hidden_BSD.new_zeros(0, 0, 1)
+        mask_RC = torch.zeros(0, 0, dtype=torch.bool, device=hidden_BSD.device)
+        if self.uses_answers and batch.asked_Q is not None:
+            states_QD = question_states(hidden_BSD, outputs.side)
+        if self.uses_places:
+            places_RCD, mask_RC = self._places(outputs.side, _tokens(outputs, self.config.records.features), batch)
+        return states_QD, places_RCD, mask_RC
 
     def _cells(self, batch: Batch, n_cells: int) -> Tensor:
         """What every cell is, [C, 3]: its lead and times, or its number on the page grid."""
@@ -494,7 +505,7 @@ class EvlObjective(nn.Module):
         self,
         terms: _Terms,
         student: Outputs,
-        teacher: Outputs,
+        teacher: Outputs | None,
         batch: Batch,
         output_head: nn.Module,
         company: Company | None,
@@ -502,9 +513,11 @@ class EvlObjective(nn.Module):
         """Numbers that tell a working term from a hollow one; what is undefined is absent.
 
         `TERM_rolled_gap` is how much worse a term gets when every student meets its neighbour's teacher: near zero,
-        the term does not depend on the record, whatever its value.
+        the term does not depend on the record, whatever its value. It is not taken of a whole step's relations.
         """
         found: dict[str, float | None] = {}
+        if teacher is None:
+            return {}
         if terms.aligned_BSD is not None:
             states_BXD = _tokens(student, self.config.align.features) if self.aligns_tokens else student.hidden_BSD
             mask_BX = self._scope(student.side)
@@ -520,8 +533,8 @@ class EvlObjective(nn.Module):
             found["rel_cells"] = float(terms.cell_mask_BC.sum(1).float().mean())
         if len(teacher.hidden_BSD) > 1:
             rolled = self._terms(student, teacher, batch, output_head, company, rolled=True)
-            for name, value in terms.values.items():
-                found[f"{name}_rolled_gap"] = float(rolled.values[name] - value)
+            for name, value in rolled.values.items():
+                found[f"{name}_rolled_gap"] = float(value - terms.values[name])
         return {name: value for name, value in found.items() if value is not None}
 
 

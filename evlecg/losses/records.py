@@ -53,6 +53,13 @@ class RecordStates:
         held = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return RecordStates(**{name: value.detach().to(device) for name, value in held.items()})
 
+    def rolled(self) -> RecordStates:
+        """Every student by another record's teacher, at the same question and the same place."""
+        return dataclasses.replace(
+            self, teacher_QE=of_neighbours(self.teacher_QE, self.asked_Q), teacher_RCE=self.teacher_RCE.roll(1, 0),
+            mask_RC=self.mask_RC & self.mask_RC.roll(1, 0),
+        )  # fmt: skip
+
     def among(self, cell_C3: Tensor) -> RecordStates:
         """The same with the cells of another batch; those that it lacks are masked."""
         same_CK = (cell_C3[:, None] == self.cell_C3[None]).all(2)
@@ -74,10 +81,6 @@ class Company:
 
     parts: tuple[RecordStates, ...]
     place: int | None
-
-    def around(self, states: RecordStates) -> list[RecordStates]:
-        """All parts, the batch's own on the graph."""
-        return [states if number == self.place else part for number, part in enumerate(self.parts)]
 
 
 def first_rows(batch: Batch) -> Tensor:

@@ -166,11 +166,14 @@ class _Census(TorchDispatchMode):
         self.live = 0
         self.peaks: dict[str, int] = {}
         self.kept: dict[str, int] = {}
+        self.grown: dict[str, int] = {}
         self.phase = ""
         self._known: set[int] = set()
 
     def enter(self, phase: str) -> None:
-        """From now on peaks are this phase's; what is alive at its beginning is noted."""
+        """From now on peaks are this phase's; what is alive at its beginning is noted, and what the last one left."""
+        if self.phase:
+            self.grown[self.phase] = self.live - self.kept[self.phase]
         self.phase = phase
         self.kept[phase] = self.live
         self.peaks[phase] = self.live
@@ -336,18 +339,17 @@ def _watch(stack: ExitStack, census: _Census, role: str, model: Any, logits: dic
 
 def _summary(census: _Census, has_teacher: bool) -> dict[str, int]:
     """What the phases of a step held."""
-    base, after_student = census.kept["student"], census.kept["teacher" if has_teacher else "losses"]
     found = {
         "peak": max(census.peaks.values()),
         "graph": census.kept["backward"],
-        "forward": census.peaks["student"] - base,
-        "activations": after_student - base,
-        "losses": census.kept["backward"] - census.kept["losses"],
-        "teacher_outputs": census.kept["losses"] - after_student,
+        "forward": census.peaks["student"] - census.kept["student"],
+        "activations": census.grown["student"],
+        "losses": census.grown["losses"],
+        "teacher_outputs": census.grown["teacher"] if has_teacher else 0,
     }
     if has_teacher:
         found["teacher_peak"] = census.peaks["teacher"]
-        found["teacher_forward"] = census.peaks["teacher"] - after_student
+        found["teacher_forward"] = census.peaks["teacher"] - census.kept["teacher"]
     return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from evlecg.models import load as models
 from evlecg.progress import Progress
 from evlecg.recipe import Recipe
-from evlecg.training.step import Job, Position, step
+from evlecg.training.step import Job, Position, relates_across, step
 
 if TYPE_CHECKING:
     from evlecg.models.memory import MemoryEstimate, Verdict
@@ -78,6 +78,8 @@ def step_memory(
     if cached and large is not None:
         job = dataclasses.replace(job, signal=lambda batch: _shapes_of(batch, facts[1], large, objective.needs))
     group = [batch] * min(2, train.accumulation)
+    if relates_across(job, group) and objective.reads_teacher_beside_records:  # the teacher's outputs for all are held
+        group = [batch] * train.accumulation
     norms = recipe.log.gradients_every > 0
     there = large.model if large is not None and not cached else None
     sides = (batch.student, *([batch.teacher] if there is not None else []))

@@ -165,7 +165,7 @@ def relates_across(job: Job, group: list[Any]) -> bool:
 
 
 def _first_pass(job: Job, group: list[Any]) -> tuple[list[Any], list[Any]]:
-    """What the teacher gives for every batch of a group, and the company in which each batch's records are related.
+    """What else the loss reads of the teacher for every batch of a group, and the company of each batch's records.
 
     One forward pass of the student without gradient; on several processes all of them meet the records of all.
     """
@@ -183,8 +183,10 @@ def _first_pass(job: Job, group: list[Any]) -> tuple[list[Any], list[Any]]:
             outputs = forward(job.student, batch.student, visual_layer=layer, model=job.model)
             teacher = job.signal(batch)
             states = job.objective.record_states(outputs, teacher, batch)
-        # its inputs (pixels) would all be on the device at once
-        taught.append(dataclasses.replace(teacher, side=dataclasses.replace(teacher.side, inputs={})))
+        if job.objective.reads_teacher_beside_records:  # without its inputs: all pixels at once are too many
+            taught.append(dataclasses.replace(teacher, side=dataclasses.replace(teacher.side, inputs={})))
+        else:
+            taught.append(None)
         mine.append(states if batch.counted else None)
     if job.processes == 1:
         everyone, rank = [mine], 0

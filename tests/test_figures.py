@@ -106,6 +106,7 @@ def test_a_balanced_run_logs_the_gradients_it_asked_for_and_resumes_with_its_sca
         checkpoints,
         "objective.balance=gradnorm",
         "objective.balance_every=1",
+        "objective.lambda_m=0.1",
         "objective.lambda_ot=0.2",
         "objective.lambda_r=3",
         "objective.lambda_rec=0",

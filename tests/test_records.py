@@ -21,7 +21,7 @@ from evlecg.losses.records import (
     question_states,
 )
 from evlecg.losses.relation import relation_loss
-from evlecg.recipe import ObjectiveConfig, RecordsConfig, RelationConfig
+from evlecg.recipe import ObjectiveConfig, RecordsConfig, RelationConfig, load_recipe
 from evlecg.schema import Batch, ModelFacts
 from tests.test_alignment import make_side, seeded
 from tests.test_objective import STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY, make_batch, make_head, make_pair
@@ -169,6 +169,9 @@ def test_a_teacher_is_followed_and_the_published_form_has_none_of_it() -> None:
     student, teacher = make_pair(batch)
     terms = strict(student, teacher, batch, output_head=make_head())
     assert set(terms.values) == {"ce", "mhca", "rel", "ot"}
+    paper = build(load_recipe("paper").objective).double()
+    assert set(paper(student, teacher, batch, output_head=make_head()).values) == set(terms.values)
+    assert build(ObjectiveConfig(relation=RelationConfig(grid=2))).needs == build(ONLY).needs, "the default"
     assert build(replace(ONLY, records=RecordsConfig(distance=0, cosine=0))).needs == frozenset()
     unknown = build(ONLY)(*make_pair(make_batch()), make_batch(), output_head=make_head())
     assert set(unknown.values) == {"ce", "rec_visual"}, "nobody said which questions are the same"

@@ -208,6 +208,50 @@ def seeds_figure(
     return _save(figure, folder / "seeds.png")
 
 
+def across_figure(
+    folder: Path,
+    panels: Mapping[str, tuple[Sequence[str], Mapping[str, Sequence[Sequence[float]]], Sequence[float | None]]],
+    *,
+    leader: str,
+) -> Path:
+    """across.png and across.json: how methods fare from place to place, mean and standard deviation over seeds.
+
+    Args:
+        folder: where to write.
+        panels: title -> (places in order, method -> its scores over seeds at each, the teacher's at each or None).
+            Numbers of records are spaced by their logarithm.
+        leader: the method that is set off.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), squeeze=False, sharey=True,
+                                layout="constrained")  # fmt: skip
+    for axis, (title, (places, methods, teacher)) in zip(axes[0], panels.items(), strict=True):
+        counts = all(name.isdigit() for name in places)
+        at = [float(name) for name in places] if counts else list(map(float, range(len(places))))
+        if counts:
+            axis.set_xscale("log")
+        for name, scores in methods.items():
+            done = [(x, np.mean(seeds), np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0)
+                    for x, seeds in zip(at, scores, strict=True) if len(seeds)]  # fmt: skip
+            if done:
+                x, mean, spread = zip(*done, strict=True)
+                axis.errorbar(x, mean, spread, marker="o", ms=4, capsize=3, lw=2 if name == leader else 1,
+                              color=STUDENT if name == leader else None, label=name)  # fmt: skip
+        taught = [(x, score) for x, score in zip(at, teacher, strict=True) if score is not None]
+        if taught:
+            axis.plot(*zip(*taught, strict=True), color=TEACHER, lw=1, ls="--", label="teacher")
+        axis.set_xticks(at, places)
+        axis.minorticks_off()
+        axis.set_title(title)
+        axis.set_xlabel("training records" if counts else "pair of models")
+        axis.set_ylabel("macro AUC on test records")
+        axis.legend(frameon=False, fontsize=8)
+    data = {title: {"places": list(places), "scores": {k: list(map(list, v)) for k, v in methods.items()},
+                    "teacher": list(teacher)} for title, (places, methods, teacher) in panels.items()}  # fmt: skip
+    write_text_atomic(folder / "across.json", json.dumps(data, indent=1) + "\n")
+    return _save(figure, folder / "across.png")
+
+
 def _names(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.get(field, {})))
 

@@ -27,7 +27,7 @@ from evlecg.study import (
     find_study,
     load_study,
     run_study,
-    study_figure,
+    study_figures,
     study_summary,
     study_table,
     tell,
@@ -122,7 +122,10 @@ def test_a_row_is_a_recipe_and_a_line_of_the_figure(tmp_path):
         "quickstart", {"train.lr": 2e-3, "name": "small-p-evl"}
     )
     assert "lr: 0.002" in text, "what the study set is stated, also where it is the default"
-    assert study_figure(STUDY, told, tmp_path).stat().st_size > 5000
+    assert [path.name for path in study_figures(STUDY, told, tmp_path)] == ["seeds.png"]
+    assert (tmp_path / "seeds.png").stat().st_size > 5000 and study_figures(
+        STUDY, {**told, "cells": []}, tmp_path
+    ) == []
     panel = json.loads((tmp_path / "seeds.json").read_text())["p, all training records"]
     assert panel == {"scores": {"ce": [0.7, 0.7], "evl": [0.8, 0.8]}, "teacher": 0.9}
 
@@ -232,6 +235,24 @@ def test_the_tables_in_the_pages_are_those_of_the_results():
         assert tables.spliced(text) == text, f"{page.name}: python -m tests.tables"
         found += [match["name"] for match in tables.PLACE.finditer(text)]
     assert {"methods", "methods-summary", "methods-signal", "hearts", "ablation", "alignment"} <= set(found)
+
+
+def test_lines_are_drawn_across_sizes_or_pairs(tmp_path):
+    def told(places, **study):
+        study = dataclasses.replace(STUDY, **study)
+        cells = [{**cell("final", name, seed, {}, auc), **place} for place in places
+                 for name, seed, auc in (("ce", 1, 0.6), ("ce", 2, 0.7), ("evl", 1, 0.8))]  # fmt: skip
+        names = [path.name for path in study_figures(study, {"cells": cells, "teachers": {"p": 0.9}}, tmp_path)]
+        return names, json.loads((tmp_path / "across.json").read_text())
+
+    names, drawn = told([{"size": 100}, {"size": 1000}], sizes=(100, 300, 1000))
+    assert names == ["seeds.png", "across.png"] and (tmp_path / "across.png").stat().st_size > 5000
+    panel = {"places": ["100", "300", "1000"], "teacher": [0.9] * 3}
+    assert drawn == {"p": {**panel, "scores": {"ce": [[0.6, 0.7], [], [0.6, 0.7]], "evl": [[0.8], [], [0.8]],
+                                               "uld": [[], [], []]}}}  # fmt: skip
+    names, drawn = told([{"pair": "q"}], pairs={"p": {}, "q": {}, "r": {}})
+    assert drawn["all training records"]["places"] == ["p", "q", "r"]
+    assert drawn["all training records"]["scores"]["ce"] == [[], [0.6, 0.7], []]
 
 
 def test_a_study_may_grow_and_may_not_change(tmp_path):

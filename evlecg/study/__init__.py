@@ -10,10 +10,10 @@ every cell, the failed ones too, and is all that the table is made from.
 
 from evlecg.study.plan import Cell, Method, Study, check_grown, choose, final_cells, find_study, load_study, tune_cells
 from evlecg.study.run import run_study
-from evlecg.study.table import study_figure, study_summary, study_table, write_rows
+from evlecg.study.table import study_figures, study_summary, study_table, write_rows
 from evlecg.study.tell import tell, write_told
 
 __all__ = [
     "Cell", "Method", "Study", "check_grown", "choose", "final_cells", "find_study", "load_study", "run_study",
-    "study_figure", "study_summary", "study_table", "tell", "tune_cells", "write_rows", "write_told",
+    "study_figures", "study_summary", "study_table", "tell", "tune_cells", "write_rows", "write_told",
 ]  # fmt: skip

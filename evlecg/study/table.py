@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from evlecg.data.labels import labels_by_basis
-from evlecg.figures import seeds_figure
+from evlecg.figures import across_figure, seeds_figure
 from evlecg.files import write_text_atomic
 from evlecg.metrics import OverSeeds, SeedTest, holm, over_seeds, seed_test
 from evlecg.recipe import Recipe, assign, load_recipe
 from evlecg.study.plan import Study
 
 TEACHER = "teacher"  # its row
+LEAST_ACROSS = 3  # pairs or sizes that a line is drawn across
 
 
 def study_table(study: Study, told: Mapping[str, Any]) -> str:
@@ -201,15 +202,37 @@ def _gain(gain: Mapping[str, Any] | None) -> str:
     return f"{gain['value']:+.3f}" + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
 
 
-def study_figure(study: Study, told: Mapping[str, Any], folder: Path) -> Path | None:
-    """seeds.png and seeds.json: every seed's macro AUC, methods by their mean; None where nothing is done."""
+def study_figures(study: Study, told: Mapping[str, Any], folder: Path) -> list[Path]:
+    """seeds.png (every seed's macro AUC, methods by their mean) and, across three pairs or sizes or more, across.png.
+
+    With the numbers beside them; nothing where nothing is done.
+    """
+    scores = {
+        (pair, size): {name: list(_by_seed(_of(_final(told), pair, size), name).values()) for name in study.methods}
+        for pair, size in itertools.product(study.pairs, study.sizes)
+    }
+    teacher = {pair: told["teachers"].get(pair) for pair in study.pairs}
     panels = {}
-    for pair, size in itertools.product(study.pairs, study.sizes):
-        scores = {name: list(_by_seed(_of(_final(told), pair, size), name).values()) for name in study.methods}
-        scores = {name: values for name, values in scores.items() if values}
-        if scores:
-            panels[f"{pair}, {_records(size)}"] = (scores, told["teachers"].get(pair))
-    return seeds_figure(folder, panels, reference=study.reference, leader=study.leader) if panels else None
+    for (pair, size), found in scores.items():
+        done = {name: values for name, values in found.items() if values}
+        if done:
+            panels[f"{pair}, {_records(size)}"] = (done, teacher[pair])
+    if not panels:
+        return []
+    drawn = [seeds_figure(folder, panels, reference=study.reference, leader=study.leader)]
+    across = {}
+    if len(study.sizes) >= LEAST_ACROSS:
+        for pair in study.pairs:
+            methods = {name: [scores[pair, size][name] for size in study.sizes] for name in study.methods}
+            names = ["all" if size is None else str(size) for size in study.sizes]
+            across[pair] = names, methods, [teacher[pair]] * len(names)
+    elif len(study.pairs) >= LEAST_ACROSS:
+        for size in study.sizes:
+            methods = {name: [scores[pair, size][name] for pair in study.pairs] for name in study.methods}
+            across[_records(size)] = list(study.pairs), methods, list(teacher.values())
+    if across:
+        drawn.append(across_figure(folder, across, leader=study.leader))
+    return drawn
 
 
 def write_rows(study: Study, told: Mapping[str, Any], folder: Path) -> list[Path]:

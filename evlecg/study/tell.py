@@ -15,7 +15,7 @@ from evlecg.evaluate import PREDICTIONS, read_scored
 from evlecg.files import write_text_atomic
 from evlecg.metrics import AUROC, Scored, compare_runs
 from evlecg.study.plan import Cell, Study, check_grown, choose, final_cells, tune_cells
-from evlecg.study.table import TEACHER, study_figure, study_table, write_rows
+from evlecg.study.table import TEACHER, study_figures, study_table, write_rows
 
 
 def check_stated(study: Study, out: Path) -> None:
@@ -67,11 +67,11 @@ def tell(study: Study, out: Path) -> dict[str, Any]:
 
 
 def write_told(study: Study, out: Path) -> dict[str, Any]:
-    """Writes results.json, table.md, seeds.png, seeds.json and recipes/, one a row; returns the first's content."""
+    """Writes results.json, table.md, the figures and recipes/, one a row; returns the first's content."""
     told = tell(study, out)
     write_text_atomic(out / "results.json", json.dumps(told, indent=1) + "\n")
     write_text_atomic(out / "table.md", study_table(study, told))
-    study_figure(study, told, out)
+    study_figures(study, told, out)
     write_rows(study, told, out / "recipes")
     return told
 

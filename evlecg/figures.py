@@ -19,6 +19,7 @@ from evlecg.files import write_text_atomic
 from evlecg.schema import LEADS
 
 TEACHER, STUDENT, BEFORE = "#20639b", "#d1495b", "#b7b7b7"
+OTHERS = ("#3c8d8a", "#e0a030", "#6a4c93", "#7a9e3e", "#8a5a44", "#444444", "#c08bc0", "#5aa9e6")
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def across_figure(
     for axis, (title, (places, methods, teacher)) in zip(axes[0], panels.items(), strict=True):
         counts = all(name.isdigit() for name in places)
         at = [float(name) for name in places] if counts else list(map(float, range(len(places))))
+        axis.set_prop_cycle(color=OTHERS)
         if counts:
             axis.set_xscale("log")
         for name, scores in methods.items():

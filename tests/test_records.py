@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from evlecg.losses.objective import EvlObjective
 from evlecg.losses.records import (
-    Company,
     RecordStates,
     answer_relation,
     by_question,
@@ -191,11 +190,12 @@ def test_a_part_in_company_pulls_as_it_does_in_the_whole() -> None:
                  side=side)
          for outputs, side in ((student, single.student), (teacher, single.teacher))] for row in range(3)
     ]  # fmt: skip
-    parts = tuple(objective.record_states(*pair, single).to("cpu") for pair in singles)
+    parts = [objective.record_states(*pair, single).to("cpu") for pair in singles]
     assert not any(part.student_QD.requires_grad or part.student_RCD.requires_grad for part in parts)
+    company = objective.in_company(parts, [0, 1, 2, None])
     for row, pair in enumerate(singles):
         alone = objective(*pair, single, output_head=head).values
-        terms = objective(*pair, single, output_head=head, company=Company(parts, row))
+        terms = objective(*pair, single, output_head=head, company=company[row])
         for place, name in enumerate(("rec_answer", "rec_visual")):
             assert float(alone[name].detach()) == 0
             assert_close(terms.values[name], values[name])
@@ -203,7 +203,7 @@ def test_a_part_in_company_pulls_as_it_does_in_the_whole() -> None:
     for mine, theirs in zip(found, expected, strict=True):
         assert float(theirs.abs().sum()) > 0
         assert_close(mine, theirs)
-    filler = objective(*singles[0], single, output_head=head, company=Company(parts, None)).values["rec_answer"]
+    filler = objective(*singles[0], single, output_head=head, company=company[3]).values["rec_answer"]
     assert_close(filler, values["rec_answer"])
     assert float(torch.autograd.grad(filler, student.hidden_BSD)[0].abs().sum()) == 0, "it weighs nothing"
     told = objective.counts(single, across=True)

@@ -311,18 +311,35 @@ class EvlObjective(nn.Module):
         if company is None:
             assert teacher is not None
             states = self.record_states(student, teacher, batch)
-            return self._relations([states.rolled() if rolled else states], batch)
+            return self._relations([states.rolled() if rolled else states])
         ours_QD, ours_RCD, _ = self._record_half(student, batch)
-        parts = list(company.parts)
-        if company.place is not None:
-            parts[company.place] = replace(parts[company.place], student_QD=ours_QD, student_RCD=ours_RCD)
-        on_graph = ours_QD.sum() * 0 + ours_RCD.sum() * 0  # also where the batch does not count
-        found = self._relations(parts, batch)
-        return {name: on_graph + value + (len(parts) - 1) * (value - value.detach()) for name, value in found.items()}
+        states = {"rec_answer": ours_QD, "rec_visual": ours_RCD}
+        return {name: company.term(name, states[name]) for name in company.values}
 
-    def _relations(self, parts: Sequence[RecordStates], batch: Batch) -> dict[str, Tensor]:
+    def in_company(self, parts: Sequence[RecordStates], mine: Sequence[int | None]) -> list[Company]:
+        """What relations among all records of a step mean to some of its parts.
+
+        Args:
+            parts: every batch of the step that has records, of all processes.
+            mine: of every batch of this process, which part it is; None where its record does not count.
+        """
+        moving = [
+            replace(part, student_QD=part.student_QD.detach().requires_grad_(),
+                    student_RCD=part.student_RCD.detach().requires_grad_()) for part in parts
+        ]  # fmt: skip
+        with torch.enable_grad():
+            values = self._relations(moving)
+        held = {"rec_answer": [part.student_QD for part in moving], "rec_visual": [part.student_RCD for part in moving]}
+        pulls = {name: torch.autograd.grad(value, held[name]) for name, value in values.items()}
+        values = {name: value.detach() for name, value in values.items()}
+        return [
+            Company(len(parts), values, {} if place is None else {name: pulls[name][place] for name in pulls})
+            for place in mine
+        ]
+
+    def _relations(self, parts: Sequence[RecordStates]) -> dict[str, Tensor]:
         config, found = self.config.records, {}
-        if self.uses_answers and batch.asked_Q is not None:
+        if self.uses_answers and any(len(part.asked_Q) for part in parts):
             found["rec_answer"] = answer_relation(parts, distance=config.distance, cosine=config.cosine)
         if self.uses_places:
             found["rec_visual"] = place_relation(parts, distance=config.distance, cosine=config.cosine)

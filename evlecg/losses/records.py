@@ -6,9 +6,10 @@ question and is about to answer it, and the visual token at the same spot of the
 records need no projection, no common tokenizer and no common grid. Relating whole records goes back to RKD (Park 2019);
 the answer states, and one place of the page at a time, are our own. recipes/studies/ says what they gain.
 
-Large models leave room for few records a batch. Then all records of a step are related, batch after batch: each meets
-the states of the others as a first pass without gradient gave them, so that the step's gradient is that of one batch
-(the gradient cache of Gao et al. 2021). States of earlier steps will not do (recipes/studies/README.md).
+Large models leave room for few records a batch. Then all records of a step are related: a first pass without gradient
+gives their states, the relations among these the gradient on each, and a second pass carries it on, batch after batch,
+so that the step is that of one batch (the gradient cache of Gao et al. 2021). States of earlier steps will not do
+(recipes/studies/README.md).
 
 Shape legend: B rows, S positions, Q questions of the batch (row by row), G different questions, R records, C cells,
 D student width, E teacher width.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from evlecg.losses.relation import relation_loss
+from evlecg.losses.stable import full_precision
 from evlecg.schema import Batch, Side
 
 
@@ -72,15 +74,28 @@ class RecordStates:
 
 @dataclass(frozen=True)
 class Company:
-    """The records of a whole step, of which a batch is a part.
+    """The relations of a whole step, and how they pull at the batch that is one of its parts.
 
     Attributes:
-        parts: of every batch and process that has records.
-        place: which of them the batch is; None where it has no record that counts.
+        n_parts: batches with records, of all processes.
+        values: term -> its value.
+        pulls: term -> gradient of the value on the batch's states ([Q, D] or [R, C, D]); none where it does not count.
     """
 
-    parts: tuple[RecordStates, ...]
-    place: int | None
+    n_parts: int
+    values: dict[str, Tensor]
+    pulls: dict[str, Tensor]
+
+    def term(self, name: str, states: Tensor) -> Tensor:
+        """The value, whose mean over the parts has the gradient of the whole."""
+        pull = self.pulls[name] if name in self.pulls else torch.zeros_like(states)
+        on_graph = self.n_parts * _along(states, pull)
+        return self.values[name] + on_graph - on_graph.detach()
+
+
+@full_precision
+def _along(states: Tensor, direction: Tensor) -> Tensor:
+    return (states * direction).sum()
 
 
 def first_rows(batch: Batch) -> Tensor:

@@ -172,7 +172,6 @@ def _first_pass(job: Job, group: list[Any]) -> tuple[list[Any], list[Any]]:
     import torch
     from accelerate.utils import gather_object
 
-    from evlecg.losses.records import Company
     from evlecg.models.outputs import forward, to_device
 
     device, layer = job.accelerator.device, job.recipe.objective.visual_layer
@@ -197,9 +196,9 @@ def _first_pass(job: Job, group: list[Any]) -> tuple[list[Any], list[Any]]:
             job.accelerator.process_index,
         )
     places = [(process, number) for process, one in enumerate(everyone) for number, states in enumerate(one) if states]
-    parts = tuple(everyone[process][number] for process, number in places)
-    company = [Company(parts, places.index((rank, number)) if states else None) for number, states in enumerate(mine)]
-    return taught, company
+    parts = [everyone[process][number] for process, number in places]
+    own = [places.index((rank, number)) if states else None for number, states in enumerate(mine)]
+    return taught, job.objective.in_company(parts, own)
 
 
 @dataclass(frozen=True)

@@ -271,8 +271,8 @@ class RecordsConfig:
 
     least: int = _key(
         16,
-        "a batch of fewer records is related with all of its step (accumulation, processes), for one more forward pass "
-        "of the student; 0: never",
+        "a batch of fewer records is related with all of its step (accumulation, processes; not where weights are "
+        "sharded), for one more forward pass of the student; 0: never",
         low=0,
     )  # fmt: skip
     answers: float = _key(1.0, "weight of the states that are about to answer the same question", low=0)

@@ -115,6 +115,7 @@ def test_the_allocator_records_what_was_estimated(checkpoints, synthetic, studen
     (small, large), batch = opened(chosen, synthetic)
     told = step_memory(chosen, batch, small, large)
     assert not told.why_unknown and told.student.activations > told.student.logits > 0
+    assert told.teacher is not None and told.teacher.activations > 0
     loaded, its_teacher = models.load(small), models.load(large)
     adapt_student(chosen, loaded)
     objective = METHODS["evl"](chosen.objective, student=loaded.facts, teacher=its_teacher.facts)
@@ -156,6 +157,8 @@ def test_parameters_are_those_of_the_run_and_levers_lower_the_peak(checkpoints, 
     assert recomputed.student.activations < 0.9 * plain.student.activations and recomputed.peak < plain.peak
     adapters = with_keys("lora.rank=2")
     assert adapters.student.trained < plain.student.trained / 5 and adapters.at_least < plain.at_least
+    parts = with_keys("train.accumulation=2", "objective.lambda_rec=2")
+    assert parts.teacher.activations == plain.teacher.activations > 0, "of a first pass, too"
     remembered = with_keys("train.remember_teacher=true")
     assert remembered.peak - plain.peak == remembered.remembered == 0  # `n_samples` is not known here
 

@@ -22,7 +22,7 @@ from evlecg import launch
 from evlecg.distill import distill
 from evlecg.errors import EvlecgError
 from evlecg.evaluate import evaluate
-from evlecg.losses.objective import METHODS
+from evlecg.losses.objective import METHODS, EvlObjective
 from evlecg.models import load as models
 from evlecg.models.encode import Encoder
 from evlecg.progress import Progress
@@ -173,23 +173,50 @@ def test_two_processes_are_one_with_the_same_global_batch(checkpoints, synthetic
         assert found["rows"][place]["gradients"] == pytest.approx(expected["rows"][place]["gradients"], rel=rel)
 
 
-RECORDS = ["objective.lambda_rec=2", "objective.lambda_m=0", "objective.lambda_ot=0", "train.bucket=1"]
+RECORDS = ["objective.lambda_rec=2", "train.bucket=1", "log.gradients_every=0"]
+TWICE = "objective.relation.cells=lead_time"  # the page shows lead II twice
 
 
-@pytest.mark.parametrize(("processes", "batch_size", "accumulation"), [(1, 2, 4), (1, 1, 8), (2, 4, 1), (2, 2, 2)])
-def test_records_are_related_across_the_parts_of_a_step(checkpoints, synthetic, processes, batch_size, accumulation):
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "accumulation", "sets"),
+    [(1, 2, 4, []), (1, 1, 8, [TWICE]), (2, 4, 1, []), (2, 2, 2, TERMS[:3])],
+)
+def test_records_are_related_across_the_parts_of_a_step(
+    checkpoints, synthetic, processes, batch_size, accumulation, sets
+):
     """8 records a step in one batch, and in parts: a process with nothing in the last step among them."""
-    whole = trained(recipe(checkpoints, 8, *RECORDS, "log.gradients_every=0"), synthetic)
-    sets = [*RECORDS, f"train.accumulation={accumulation}", "log.gradients_every=0"]
-    chosen = recipe(checkpoints, batch_size, *sets)
+    whole = trained(recipe(checkpoints, 8, *RECORDS, *sets), synthetic)
+    chosen = recipe(checkpoints, batch_size, *RECORDS, *sets, f"train.accumulation={accumulation}")
     parts = trained(chosen, synthetic) if processes == 1 else on_processes(trained, chosen, synthetic)
     assert whole["rows"][0]["terms"]["rec_answer"] > 0 and len(whole["rows"]) == 3
     assert_same(parts, whole)
-    alone = trained(recipe(checkpoints, 2, *RECORDS, "train.accumulation=4", "objective.records.least=0",
-                           "log.gradients_every=0"), synthetic)  # fmt: skip
-    first, other = whole["gradients"][0], alone["gradients"][0]
-    gap = max(float((first[name] - other[name]).abs().max()) for name in first)
-    assert gap > 1e-3, "two records by themselves pull elsewhere"
+
+
+def test_two_records_by_themselves_pull_elsewhere(checkpoints, synthetic):
+    whole = trained(recipe(checkpoints, 8, *RECORDS), synthetic)["gradients"][0]
+    alone = [*RECORDS, "train.accumulation=4", "objective.records.least=0"]
+    other = trained(recipe(checkpoints, 2, *alone), synthetic)["gradients"][0]
+    assert max(float((whole[name] - other[name]).abs().max()) for name in whole) > 1e-3
+
+
+def test_both_passes_draw_the_same_dropout(checkpoints, synthetic, monkeypatch):
+    halves, read = [], EvlObjective._record_half
+
+    def noted(self, outputs, batch):
+        found = read(self, outputs, batch)
+        if outputs.side is batch.student:
+            halves.append(found[0].detach())
+        return found
+
+    monkeypatch.setattr(EvlObjective, "_record_half", noted)
+    sets = [*RECORDS, "train.accumulation=2", "lora.rank=2", "lora.dropout=0.5", "train.lr=0.1"]
+    trained(recipe(checkpoints, 2, *sets), synthetic)
+    first, second, again, once_more = halves[4:8]  # of the second step: at first adapters add nothing
+    assert torch.equal(first, again) and torch.equal(second, once_more)
+    monkeypatch.setattr("evlecg.training.step._draw_again", lambda *_: None)
+    halves.clear()
+    trained(recipe(checkpoints, 2, *sets), synthetic)
+    assert not torch.equal(halves[4], halves[6]), "there is dropout"
 
 
 def test_one_record_a_step_has_nobody_to_be_related_to(checkpoints, synthetic):

@@ -70,12 +70,12 @@ def test_neighbours_are_asked_the_same() -> None:
 
 def at_questions(student: Tensor, teacher: Tensor, asked: Tensor) -> RecordStates:
     nowhere = student.new_zeros(0, 0, 1)
-    return RecordStates(student, teacher, asked, nowhere, nowhere, nowhere[..., 0].bool(), student.new_zeros(0, 3))
+    return RecordStates(student, teacher, asked, nowhere, nowhere, nowhere[..., 0].bool(), student.new_zeros(0, 4))
 
 
 def at_places(student: Tensor, teacher: Tensor, mask: Tensor, cells: Tensor | None = None) -> RecordStates:
     none = student.new_zeros(0, 1)
-    number = torch.arange(float(mask.shape[1]))[:, None].expand(-1, 3)
+    number = torch.arange(float(mask.shape[1]))[:, None].expand(-1, 4)
     return RecordStates(none, none, torch.zeros(0, dtype=torch.long), student, teacher, mask,
                         number if cells is None else cells)  # fmt: skip
 
@@ -106,15 +106,15 @@ def test_places_against_plain_loops() -> None:
 
 
 def test_cells_of_other_batches_are_found_by_what_they_are() -> None:
-    nan = float("nan")
-    ours, theirs = torch.tensor([[0, 0, 2.5], [1, 0, 2.5]]), torch.tensor([[1, 0, 2.5], [nan, nan, nan], [0, 2.5, 5]])
+    ours = torch.tensor([[0, 0, 2.5, 0], [1, 0, 2.5, 0], [1, 0, 2.5, 1]])
+    theirs = torch.tensor([[1, 0, 2.5, 0], [2, 0, 2.5, 0], [0, 2.5, 5, 0]])
     before = at_places(seeded(2, 3, 4), seeded(2, 3, 5), torch.ones(2, 3).bool(), theirs).among(ours)
-    assert before.mask_RC.tolist() == [[False, True]] * 2
+    assert before.mask_RC.tolist() == [[False, True, False]] * 2
     assert_close(before.student_RCD[:, 1], seeded(2, 3, 4)[:, 0])
 
 
 def test_parts_with_cells_of_their_own_are_related_where_they_meet() -> None:
-    leads = torch.arange(3.0)[:, None] * torch.tensor([1.0, 0, 0])
+    leads = torch.arange(3.0)[:, None] * torch.tensor([1.0, 0, 0, 0])
     student, teacher = seeded(4, 3, 4), seeded(4, 3, 5, seed=1)
     whole = place_relation([at_places(student, teacher, torch.ones(4, 3).bool(), leads)], **WEIGHTS)
     turned = torch.tensor([2, 0, 1])

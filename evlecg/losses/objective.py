@@ -324,9 +324,8 @@ class EvlObjective(nn.Module):
             mine: of every batch of this process, which part it is; None where its record does not count.
         """
         moving = [
-            replace(part, student_QD=part.student_QD.detach().requires_grad_(),
-                    student_RCD=part.student_RCD.detach().requires_grad_()) for part in parts
-        ]  # fmt: skip
+            replace(part, student_QD=_leaf(part.student_QD), student_RCD=_leaf(part.student_RCD)) for part in parts
+        ]
         with torch.enable_grad():
             values = self._relations(moving)
         held = {"rec_answer": [part.student_QD for part in moving], "rec_visual": [part.student_RCD for part in moving]}
@@ -351,8 +350,8 @@ class EvlObjective(nn.Module):
             self._record_half(outputs, batch) for outputs in (student, teacher)
         )
         asked_Q = batch.record_B.new_zeros(0) if batch.asked_Q is None or not self.uses_answers else batch.asked_Q
-        cell_C3 = self._cells(batch, mask_RC.shape[1])
-        return RecordStates(ours_QD, theirs_QE, asked_Q, ours_RCD, theirs_RCE, mask_RC & their_mask_RC, cell_C3)
+        cell_C4 = self._cells(batch, mask_RC.shape[1])
+        return RecordStates(ours_QD, theirs_QE, asked_Q, ours_RCD, theirs_RCE, mask_RC & their_mask_RC, cell_C4)
 
     def _record_half(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """One model's states [Q, D] at questions and [R, C, D] at places, and which places [R, C] it has."""
@@ -366,12 +365,16 @@ class EvlObjective(nn.Module):
         return states_QD, places_RCD, mask_RC
 
     def _cells(self, batch: Batch, n_cells: int) -> Tensor:
-        """What every cell is, [C, 3]: its lead and times, or its number on the page grid."""
+        """What every cell is, [C, 4]: its number on the page grid; or its lead and times, and which of those alike."""
         assert batch.teacher is not None
-        if not self._grid(batch.student, batch.teacher):
-            return torch.cat([batch.cell_lead_C[:, None].to(batch.cell_time_C2), batch.cell_time_C2], dim=1)
-        number_C = torch.arange(n_cells, device=batch.cell_time_C2.device, dtype=batch.cell_time_C2.dtype)
-        return number_C[:, None].expand(-1, 3)
+        if self._grid(batch.student, batch.teacher):
+            number_C = torch.arange(n_cells, device=batch.cell_time_C2.device, dtype=batch.cell_time_C2.dtype)
+            return number_C[:, None].expand(-1, 4)
+        cell_C3 = torch.cat([batch.cell_lead_C[:, None].to(batch.cell_time_C2), batch.cell_time_C2], dim=1)
+        cell_C3 = cell_C3.nan_to_num(nan=-1.0)  # of a picture nothing is known but the order
+        alike_CC = (cell_C3[:, None] == cell_C3[None]).all(2)
+        earlier_C = alike_CC.tril(-1).sum(1)  # a page may show a lead twice
+        return torch.cat([cell_C3, earlier_C[:, None].to(cell_C3)], dim=1)
 
     def _places(self, side: Side, tokens_BND: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Visual tokens [R, C, D] of every record, pooled into cells, and which cells it has."""
@@ -618,6 +621,11 @@ def _pooled(tokens_BND: Tensor, side: Side, grid: int) -> tuple[Tensor, Tensor]:
     """Tokens pooled into a page grid of `grid` cells a side, or into lead x time cells where it is 0."""
     boxes = page_grid(grid, like=side.visual_box_BN4) if grid else side.cell_box_BC4
     return pool_to_cells(tokens_BND, side.visual_box_BN4, side.visual_mask_BN, boxes)
+
+
+def _leaf(states: Tensor) -> Tensor:
+    """The same values, at full precision, to take gradients on."""
+    return states.detach().to(torch.promote_types(states.dtype, torch.float32)).requires_grad_()
 
 
 @full_precision

@@ -39,7 +39,7 @@ class RecordStates:
         student_RCD, teacher_RCE: visual tokens pooled into cells (`pool_to_cells`), one row a record; no rows where
             places are not related.
         mask_RC: bool, cells that both sides have.
-        cell_C3: what a cell is, the same numbers in every batch; NaN where nobody knows.
+        cell_C4: what a cell is, the same numbers in every batch; no two of a batch are the same.
     """
 
     student_QD: Tensor
@@ -48,7 +48,7 @@ class RecordStates:
     student_RCD: Tensor
     teacher_RCE: Tensor
     mask_RC: Tensor
-    cell_C3: Tensor
+    cell_C4: Tensor
 
     def to(self, device: torch.device | str) -> RecordStates:
         """The same without gradient, on a device."""
@@ -62,13 +62,13 @@ class RecordStates:
             mask_RC=self.mask_RC & self.mask_RC.roll(1, 0),
         )  # fmt: skip
 
-    def among(self, cell_C3: Tensor) -> RecordStates:
+    def among(self, cell_C4: Tensor) -> RecordStates:
         """The same with the cells of another batch; those that it lacks are masked."""
-        same_CK = (cell_C3[:, None] == self.cell_C3[None]).all(2)
+        same_CK = (cell_C4[:, None] == self.cell_C4[None]).all(2)
         place_C, found_C = same_CK.int().argmax(1), same_CK.any(1)
         return dataclasses.replace(
             self, student_RCD=self.student_RCD[:, place_C], teacher_RCE=self.teacher_RCE[:, place_C],
-            mask_RC=self.mask_RC[:, place_C] & found_C, cell_C3=cell_C3,
+            mask_RC=self.mask_RC[:, place_C] & found_C, cell_C4=cell_C4,
         )  # fmt: skip
 
 
@@ -157,9 +157,9 @@ def place_relation(parts: Sequence[RecordStates], *, distance: float, cosine: fl
     Args:
         parts, distance, cosine: as of `answer_relation`.
     """
-    cell_C3 = torch.cat([part.cell_C3 for part in parts]).unique(dim=0) if len(parts) > 1 else None
-    if cell_C3 is not None:
-        parts = [part.among(cell_C3) for part in parts]
+    cell_C4 = torch.cat([part.cell_C4 for part in parts]).unique(dim=0) if len(parts) > 1 else None
+    if cell_C4 is not None:
+        parts = [part.among(cell_C4) for part in parts]
     student_RCD, teacher_RCE, mask_RC = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("student_RCD", "teacher_RCE", "mask_RC")
     )

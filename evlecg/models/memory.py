@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -281,6 +281,7 @@ def estimate(
     base = census.live
     logits = {"student": 0, "teacher": 0}
     known: dict[str, int] = {}
+    given: list[int] = []
     why = ""
     with ExitStack() as stack:
         for role, model in (("student", student), ("teacher", teacher)):
@@ -288,10 +289,11 @@ def estimate(
                 _watch(stack, census, role, model, logits)
         stack.callback(objective.register_forward_pre_hook(lambda *_: census.enter("losses")).remove)
         stack.callback(objective.register_forward_hook(lambda *_: census.enter("backward")).remove)
+        _watch_outputs(stack, objective, given)
         try:
             with torch.random.fork_rng(devices=[]), census:
                 step()
-            known = _summary(census, teacher is not None)
+            known = _summary(census, teacher is not None) | {"teacher_outputs": max(given, default=0)}
         except EvlecgError:
             raise
         except Exception as error:  # a model that looks at values which are not there; every family its own way
@@ -337,6 +339,29 @@ def _watch(stack: ExitStack, census: _Census, role: str, model: Any, logits: dic
         stack.callback(watched.remove)
 
 
+def _watch_outputs(stack: ExitStack, objective: Any, given: list[int]) -> None:
+    """Notes the bytes of what a teacher gave, where the objective reads it: in `forward` or in a first pass."""
+
+    def note(arguments: Sequence[Any]) -> None:
+        outputs = arguments[1] if len(arguments) > 1 else None
+        if outputs is not None:
+            held = [value for value in vars(outputs).values() if isinstance(value, Tensor)]
+            logits = getattr(outputs.answer_logits, "states_AD", outputs.answer_logits)
+            held += [logits, *outputs.attention.values()]
+            given.append(sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in held}.values()))
+
+    stack.callback(objective.register_forward_pre_hook(lambda _, arguments: note(arguments)).remove)
+    read = getattr(objective, "record_states", None)
+    if read is not None:
+
+        def noted(*arguments: Any) -> Any:
+            note(arguments)
+            return read(*arguments)
+
+        objective.record_states = noted
+        stack.callback(lambda: delattr(objective, "record_states"))
+
+
 def _summary(census: _Census, has_teacher: bool) -> dict[str, int]:
     """What the phases of a step held."""
     found = {
@@ -345,7 +370,6 @@ def _summary(census: _Census, has_teacher: bool) -> dict[str, int]:
         "forward": census.peaks["student"] - census.kept["student"],
         "activations": census.grown["student"],
         "losses": census.grown["losses"],
-        "teacher_outputs": census.grown["teacher"] if has_teacher else 0,
     }
     if has_teacher:
         found["teacher_peak"] = census.peaks["teacher"]

@@ -185,7 +185,8 @@ def build(
     if teacher is not None:
         check_labels(teacher, labels, needs, progress)
     processes = accelerator.num_processes
-    _check_method(recipe, objective, len(samples), processes)
+    related = 1 if is_sharded(accelerator) else train.accumulation * processes  # parts of a step
+    _check_method(recipe, objective, len(samples), related)
     if recipe.effective_method == "seqkd" and teacher is not None:
         builder = dataclasses.replace(builder, samples=_teacher_answers(builder, teacher, progress), teacher=None)
     batches = epoch_batches(
@@ -242,15 +243,15 @@ def load_teacher(recipe: Recipe, checkpoint: models.Checkpoint, processor: Any, 
     return loaded
 
 
-def _check_method(recipe: Recipe, objective: Any, n_samples: int, processes: int) -> None:
-    """What a method asks of the rest of the recipe."""
+def _check_method(recipe: Recipe, objective: Any, n_samples: int, parts: int) -> None:
+    """What a method asks of the rest of the recipe; `parts`: batches of a step whose records can be related."""
     name, train, needs = recipe.effective_method, recipe.train, objective.needs
     rows = min(train.batch_size, n_samples)
     if rows < objective.least_rows:
         raise EvlecgError(f"{name} compares the records of a batch with one another: {rows} are too few",
                           where="train.batch_size", hint=f"at least {objective.least_rows}")  # fmt: skip
-    parts = train.accumulation * processes if rows < recipe.objective.records.least else 1
-    if objective.relates_records and rows * parts < 2:
+    parts = parts if train.batch_size < recipe.objective.records.least else 1
+    if objective.relates_records and min(n_samples, train.batch_size * parts) < 2:
         raise EvlecgError("relations among records need several of them, and see one at a time",
                           where="train.batch_size", hint="at least 2, or train.accumulation=16 with "
                           "objective.records.least above 1; or objective.lambda_rec=0")  # fmt: skip

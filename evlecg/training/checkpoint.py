@@ -107,11 +107,15 @@ def load(job: Job, folder: Path) -> Position:
     Raises:
         EvlecgError: the state is that of a run of another make.
     """
+    import torch
+
     try:
         job.accelerator.load_state(str(folder))
     except (RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, torch.distributed.DistError)):
+            raise
         raise EvlecgError(
-            f"the checkpoint does not fit: {str(error).splitlines()[0]}", where=folder,
+            f"the checkpoint does not fit: {(str(error).splitlines() or [type(error).__name__])[0]}", where=folder,
             hint="another version began the run: go on with that one, or begin anew with another --out",
         ) from error  # fmt: skip
     return Position(**_read(folder / POSITION))

@@ -5,7 +5,7 @@ masks leave, and parts rarely have the same number of that (answer tokens, posit
 sides); the last ones of an epoch may have no record at all. So every term of a part weighs as its elements do, and the
 step is the one that a single batch of all records would be. What it cannot be equal in: terms that compare the records
 of a batch with one another (rkd; relations among records where a batch has `objective.records.least`), or take a
-statistic over it (dskd; batch normalisation); dropout.
+statistic over it (dskd; batch normalisation, whose running statistics a first pass moves once more); dropout.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
     told: dict[str, Any] = {}
     gradients = gradients and not job.sharded  # a term's gradient by itself cannot be taken on shards
     shares = step_shares(job, group)
-    taught, company = _first_pass(job, group) if relates_across(job, group) else (None, [None] * len(group))
+    across = relates_across(job, group)
+    taught, company, draws = _first_pass(job, group) if across else ([], [None] * len(group), [])
     tells = diagnose or gradients
     sums: dict[str, Any] = {}
     total: Any = 0.0
@@ -96,6 +97,8 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
     for number, batch in enumerate(group, start=1):
         first, last = number == 1, number == len(group)
         batch = to_device(batch, accelerator.device)
+        if across:
+            _draw_again(draws[number - 1], accelerator.device)
         with contextlib.nullcontext() if last else accelerator.no_sync(job.model):
             with accelerator.autocast():
                 outputs = forward(
@@ -104,7 +107,7 @@ def step(job: Job, group: list[Any], state: Position, *, diagnose: bool, gradien
                 )  # fmt: skip
             terms = job.objective(
                 outputs,
-                _taught(job, batch) if taught is None else taught[number - 1],
+                taught[number - 1] if across else _taught(job, batch),
                 batch,
                 output_head=AnswerHead(job.student),
                 teacher_head=_teacher_head(job),
@@ -159,46 +162,66 @@ def _taught(job: Job, batch: Any) -> Any:
 
 
 def relates_across(job: Job, group: list[Any]) -> bool:
-    """Whether the records of all batches of a step are related with one another, since one batch holds few."""
-    few = job.recipe.train.batch_size < job.recipe.objective.records.least
+    """Whether the records of all batches of a step are related with one another, since one batch holds few.
+
+    Not where weights are sharded: FSDP2 expects a backward pass after each forward pass, or its collectives part ways.
+    """
+    few = job.recipe.train.batch_size < job.recipe.objective.records.least and not job.sharded
     return job.objective.relates_records and few and len(group) * job.processes > 1
 
 
-def _first_pass(job: Job, group: list[Any]) -> tuple[list[Any], list[Any]]:
-    """What else the loss reads of the teacher for every batch of a group, and the company of each batch's records.
+def _first_pass(job: Job, group: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """What relates the records of a step: one forward pass of the student over a group of batches, without gradient.
 
-    One forward pass of the student without gradient; on several processes all of them meet the records of all.
+    Returns:
+        For every batch what else the loss reads of the teacher, the company of its records (on several processes, the
+        records of all), and where the random numbers stood: the second pass draws the same dropout.
     """
     import torch
     from accelerate.utils import gather_object
 
     from evlecg.models.outputs import forward, to_device
+    from evlecg.schema import AnswerLogits
 
     device, layer = job.accelerator.device, job.recipe.objective.visual_layer
-    taught, mine = [], []
+    taught, mine, draws = [], [], []
     for batch in group:
         batch = to_device(batch, device)
-        with torch.no_grad(), job.accelerator.autocast():
-            outputs = forward(job.student, batch.student, visual_layer=layer, model=job.model)
+        draws.append(_random_state(device))
+        with torch.no_grad():
+            with job.accelerator.autocast():
+                outputs = forward(job.student, batch.student, visual_layer=layer, model=job.model)
             teacher = job.signal(batch)
             states = job.objective.record_states(outputs, teacher, batch)
-        if job.objective.reads_teacher_beside_records:  # without its inputs: all pixels at once are too many
-            taught.append(dataclasses.replace(teacher, side=dataclasses.replace(teacher.side, inputs={})))
+        mine.append(states if batch.counted else None)
+        if job.objective.reads_teacher_beside_records:  # without inputs and head: all pixels at once are too many
+            side, logits = dataclasses.replace(teacher.side, inputs={}), AnswerLogits(teacher.answer_logits.states_AD)
+            taught.append(dataclasses.replace(teacher, side=side, answer_logits=logits))
         else:
             taught.append(None)
-        mine.append(states if batch.counted else None)
-    if job.processes == 1:
-        everyone, rank = [mine], 0
-    else:
-        told = gather_object([[states and states.to("cpu") for states in mine]])
-        everyone, rank = (
-            [[states and states.to(device) for states in one] for one in told],
-            job.accelerator.process_index,
-        )
+    everyone, rank = [mine], job.accelerator.process_index if job.processes > 1 else 0
+    if job.processes > 1:
+        everyone = gather_object([[states and states.to("cpu") for states in mine]])
+        everyone = [[states and states.to(device) for states in one] for one in everyone]
     places = [(process, number) for process, one in enumerate(everyone) for number, states in enumerate(one) if states]
     parts = [everyone[process][number] for process, number in places]
     own = [places.index((rank, number)) if states else None for number, states in enumerate(mine)]
-    return taught, job.objective.in_company(parts, own)
+    return taught, job.objective.in_company(parts, own), draws
+
+
+def _random_state(device: Any) -> tuple[Any, Any]:
+    """Where torch's random numbers stand, on the CPU and on the device."""
+    import torch
+
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _draw_again(state: tuple[Any, Any], device: Any) -> None:
+    import torch
+
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @dataclass(frozen=True)

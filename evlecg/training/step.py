@@ -164,7 +164,7 @@ def _taught(job: Job, batch: Any) -> Any:
 def relates_across(job: Job, group: list[Any]) -> bool:
     """Whether the records of all batches of a step are related with one another, since one batch holds few.
 
-    Not where weights are sharded: FSDP2 expects a backward pass after each forward pass, or its collectives part ways.
+    Not where weights are sharded: with a first pass that no backward pass follows, FSDP2's processes waited for ever.
     """
     few = job.recipe.train.batch_size < job.recipe.objective.records.least and not job.sharded
     return job.objective.relates_records and few and len(group) * job.processes > 1

@@ -262,14 +262,16 @@ class EvlObjective(nn.Module):
             found["ot"] = (batch.teacher.visual_mask_BN.any(1) & side.visual_mask_BN.any(1)).sum()
         if self.uses_relation:
             found["rel"] = (self._related(side, batch.teacher).sum(1) > 1).sum()
-        if self.uses_answers and batch.asked_Q is not None:
+        related = {"rec_answer": self.uses_answers and batch.asked_Q is not None, "rec_visual": self.uses_places}
+        if across:  # every part holds the whole step's
+            return found | {name: torch.ones_like(found["ce"]) for name, used in related.items() if used}
+        if related["rec_answer"]:
+            assert batch.asked_Q is not None
             found["rec_answer"] = (batch.asked_Q.unique(return_counts=True)[1] > 1).sum()
         if self.uses_places:
             halves = (side, batch.teacher)
             masks = [self._places(half, half.visual_box_BN4[..., :0], batch)[1] for half in halves]
             found["rec_visual"] = ((masks[0] & masks[1]).sum(0) > 1).sum()
-        if across:  # every part holds the whole step's
-            found |= {name: torch.ones_like(found[name]) for name in ("rec_answer", "rec_visual") if name in found}
         return found
 
     def _terms(

@@ -99,11 +99,10 @@ def _named(
 ) -> list[str]:
     """One comparison for each pair of models and size: against the method that validation names, whatever test says."""
     named: dict[tuple[str, int | None], tuple[str, SeedTest]] = {}
+    kinds = {
+        name: load_recipe(study.recipe, dict(method.set)).effective_method for name, method in study.methods.items()
+    }
     for pair, size in itertools.product(study.pairs, study.sizes):
-        kinds = {
-            name: load_recipe(study.recipe, {**study.pairs[pair], **method.set}).effective_method
-            for name, method in study.methods.items()
-        }
         scores = {
             row["method"]: row["validation_auc"]
             for row in told["chosen"]

@@ -245,13 +245,13 @@ def step_shares(job: Job, group: list[Any]) -> Shares | None:
 
     if len(group) * job.processes == 1:
         return None
-    counts = []
+    counts, across = [], relates_across(job, group)
     for batch in group:
         # the inputs (pixels) are not counted, and would all be on the device at once
         sides = {role: getattr(batch, role) for role in ("student", "teacher")}
         sides = {role: dataclasses.replace(side, inputs={}) for role, side in sides.items() if side is not None}
         counted = job.objective.counts(to_device(dataclasses.replace(batch, **sides), job.accelerator.device),
-                                       across=relates_across(job, group))  # fmt: skip
+                                       across=across)  # fmt: skip
         counts.append({name: count.float() * batch.counted for name, count in counted.items()})
     names = list(counts[0])
     count_GK = torch.stack([torch.stack([part[name] for name in names]) for part in counts])
